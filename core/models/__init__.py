@@ -1,0 +1,1 @@
+"""Where a model comes from and how it is loaded; the modelling code itself is Transformers'."""

@@ -1,0 +1,65 @@
+"""What every engine can do: the torch one, the instant one, and one day another project's. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from core.request import Emitted, Event, FinishReason, ModelCard, Request
+
+NOTHING_EMITTED = Emitted()
+
+
+@dataclass(slots=True, eq=False)
+class EngineStats:
+    """Counted since the engine was made; written by the engine, read by the worker's beat."""
+
+    steps: int = 0
+    prompt_tokens: int = 0  #: passed through the model as part of a prompt
+    generated_tokens: int = 0
+    step_seconds: float = 0.0  #: spent inside ``step()``
+    decode_rows: dict[int, int] = field(default_factory=dict)  #: sequences that drew a token in a step -> steps
+
+
+class EngineProtocol(Protocol):
+    """One loaded model that computes many jobs at once; used from one thread only."""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def room(self) -> int:
+        """How many more jobs it can take now; 0 while it has enough work and memory is spoken for."""
+        ...
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to compute: ``step`` would return no event."""
+        ...
+
+    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
+        """Take a job in; its first event comes with a later ``step``.
+
+        Args:
+            emitted: tokens an earlier attempt has published: they are read, not published again, and count
+                towards ``max_tokens``; what follows is what that attempt would have drawn.
+
+        Raises:
+            RequestError: too long, unsupported, ids outside the vocabulary …; the engine is as before.
+        """
+        ...
+
+    def cancel(self, job_id: str, reason: FinishReason = "cancelled") -> None:
+        """End a job: the next ``step`` returns its FinishedEvent with what it has. Unknown ids are ignored."""
+        ...
+
+    def drop(self, job_id: str) -> None:
+        """Forget a job that is not ours any more: no event follows. Unknown ids are ignored."""
+        ...
+
+    def step(self) -> list[Event]:
+        """Compute one step for all jobs that fit, and return what happened, in order."""
+        ...

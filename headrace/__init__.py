@@ -1,0 +1,1 @@
+"""Headrace: durable, batched inference for language models. The face: command line, client, ``up``."""

@@ -1,0 +1,1 @@
+"""The jobs remember: what a job is and where it lives; no HTTP framework, no torch."""

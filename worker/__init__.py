@@ -1,0 +1,1 @@
+"""The worker carries: one process, one engine, many jobs; it knows no HTTP."""
