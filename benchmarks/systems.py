@@ -1,0 +1,149 @@
+"""The systems side by side: our bare engine, the whole of Headrace over HTTP, and two ways of plain Transformers.
+
+Each takes the workload and answers with the seconds it took and the answer tokens it made.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.workload import RUNNING, Item
+from core.engine import Engine, EngineConfig
+from core.request import FinishedEvent, Request, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One system over the workload, once."""
+
+    seconds: float
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+class BareEngine:
+    """``core.engine.Engine`` in this process: no queue, no HTTP."""
+
+    def __init__(self, folder: Path, dtype: str, threads: int) -> None:
+        config = EngineConfig(model=str(folder), dtype=dtype, threads=threads, max_running=RUNNING)
+        self._engine = Engine.load(config)
+
+    def run(self, items: Sequence[Item]) -> Run:
+        engine, waiting, done = self._engine, list(enumerate(items)), 0
+        start = time.perf_counter()
+        while done < len(items):
+            while waiting and engine.room:
+                number, item = waiting.pop(0)
+                params = SamplingParams(max_tokens=item.answer_tokens, ignore_eos=True)
+                engine.add(f"bench-{number}", Request(token_ids=item.token_ids, params=params))
+            done += sum(isinstance(event, FinishedEvent) for event in engine.step())
+        return Run(seconds=time.perf_counter() - start, tokens=sum(item.answer_tokens for item in items))
+
+
+class PlainTransformers:
+    """``model.generate`` as its users call it, left-padded in batches of ``rows``; only useful tokens count."""
+
+    def __init__(self, folder: Path, dtype: str, *, rows: int, limit: int | None = None) -> None:
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        self._rows = rows
+        self._limit = limit
+
+    def run(self, items: Sequence[Item]) -> Run:
+        items = items[: self._limit]
+        start = time.perf_counter()
+        for first in range(0, len(items), self._rows):
+            self._generate(items[first : first + self._rows])
+        return Run(seconds=time.perf_counter() - start, tokens=sum(item.answer_tokens for item in items))
+
+    def _generate(self, items: Sequence[Item]) -> None:
+        longest = max(len(item.token_ids) for item in items)
+        ids = torch.zeros(len(items), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, item in enumerate(items):
+            ids[row, longest - len(item.token_ids) :] = torch.tensor(item.token_ids)
+            mask[row, longest - len(item.token_ids) :] = 1
+        tokens = max(item.answer_tokens for item in items)
+        with torch.inference_mode():
+            self._model.generate(
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
+            )
+
+
+class WholeSystem:
+    """``headrace up`` with one worker; 64 clients submit over HTTP and wait."""
+
+    def __init__(self, folder: Path, dtype: str, data_dir: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "headrace", "up", "--port", str(port), "--model", str(folder)]
+        command += ["--dtype", dtype, "--data-dir", str(data_dir), "--max-running", str(RUNNING)]
+        self._log = (data_dir / "bench-up.log").open("wb")
+        self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env={**os.environ})
+        self._url = f"http://127.0.0.1:{port}"
+        self._await(lambda: httpx2.get(f"{self._url}/ready", timeout=2).status_code == 200, seconds=180)
+
+    def run(self, items: Sequence[Item]) -> Run:
+        with httpx2.Client(base_url=self._url, timeout=300, limits=httpx2.Limits(max_connections=len(items))) as client:
+            start = time.perf_counter()
+            with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
+                tokens = list(pool.map(lambda item: self._one(client, item), items))
+            return Run(seconds=time.perf_counter() - start, tokens=sum(tokens))
+
+    def counters(self) -> dict[str, float]:
+        """The worker's own counters: seconds inside ``step()`` and in the rest of its loop."""
+        worker = httpx2.get(f"{self._url}/v1/workers", timeout=10).json()["data"][0]
+        stats: dict[str, float] = worker["stats"]
+        return stats
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+        self._log.close()
+
+    def _one(self, client: httpx2.Client, item: Item) -> int:
+        body = {
+            "kind": "generate",
+            "input": {"prompt_token_ids": list(item.token_ids)},
+            "params": {"max_tokens": item.answer_tokens, "ignore_eos": True},
+        }
+        answer = client.post("/v1/jobs", json=body, headers={"Prefer": "wait=60"})
+        answer.raise_for_status()
+        job = answer.json()
+        while job["status"] in ("queued", "running"):
+            job = client.get(f"/v1/jobs/{job['id']}", params={"wait": 60}).json()
+        if job["status"] != "succeeded":
+            raise RuntimeError(f"{job['id']} is {job['status']}: {job['error']}")
+        tokens: int = job["result"]["usage"]["completion_tokens"]
+        if tokens != item.answer_tokens:
+            raise RuntimeError(f"{job['id']} has {tokens} tokens and was asked for {item.answer_tokens}")
+        return tokens
+
+    def _await(self, ready: Callable[[], bool], *, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"headrace up ended with {self._process.returncode}; see {self._log.name}")
+            try:
+                if ready():
+                    return
+            except httpx2.HTTPError:
+                pass
+            time.sleep(0.2)
+        raise TimeoutError(f"headrace up was not ready within {seconds:g} s; see {self._log.name}")
