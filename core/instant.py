@@ -1,0 +1,245 @@
+"""An engine without a model: token k of a job is a hash of its prompt, its seed and k. Standard library only.
+
+It ships for load tests, crash tests and people who try the queue before they have a model. It keeps every promise of
+``EngineProtocol``: resuming, cancelling, stop strings, log-probabilities. Test hooks: a prompt that starts with
+
+    !crash      kills the process (SIGKILL) when the job is stepped: a poison job
+    !crash 3    … once it has 3 tokens
+    !fail       ends the job with an EngineError
+    !hang       never returns from the step
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from core.errors import EngineError, InvalidField, PromptTooLong
+from core.protocol import NOTHING_EMITTED, EngineStats
+from core.request import (
+    Choice,
+    Emitted,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Kind,
+    ModelCard,
+    Request,
+    Result,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
+
+VOCABULARY = 1_000
+MAX_MODEL_LEN = 131_072
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstantConfig:
+    """How the instant engine pretends to work."""
+
+    name: str = "instant"  #: the model's name
+    step_seconds: float = 0.0  #: sleep this long in each step
+    max_running: int = 32  #: jobs at once
+    version: str = "0"  #: of Headrace
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step_seconds <= 3600:
+            raise ValueError(f"step_seconds: must be from 0 to 3600, not {self.step_seconds!r}")
+        if self.max_running < 1:
+            raise ValueError(f"max_running: must be at least 1, not {self.max_running!r}")
+
+
+@dataclass(slots=True, eq=False)
+class InstantSequence:
+    """One job while it is computed.
+
+    Invariant: ``sent <= len(text)``; the rest is held back because it may be the beginning of a stop string.
+    """
+
+    job_id: str
+    request: Request
+    key: bytes  #: what the tokens are a hash of
+    prompt_tokens: int
+    tokens: list[int]
+    text: str = ""
+    sent: int = 0  #: leading characters of ``text`` that are published
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    ending: FinishReason | None = None  #: set when there is nothing more to draw
+
+
+class InstantEngine:
+    """``EngineProtocol`` at the speed of a hash."""
+
+    def __init__(self, config: InstantConfig | None = None, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._config = config or InstantConfig()
+        self._sleep = sleep
+        self._sequences: dict[str, InstantSequence] = {}
+        self.stats = EngineStats()
+        self.card = ModelCard(
+            name=self._config.name,
+            engine="instant",
+            version=self._config.version,
+            dtype="none",
+            weights=hashlib.sha256(b"instant 1").hexdigest(),
+            kinds=(Kind.GENERATE.value, Kind.PREDICT.value),
+            text=True,
+            chat=True,
+            max_model_len=MAX_MODEL_LEN,
+            vocab_size=VOCABULARY,
+        )
+
+    @property
+    def room(self) -> int:
+        return max(0, self._config.max_running - len(self._sequences))
+
+    @property
+    def idle(self) -> bool:
+        return not self._sequences
+
+    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
+        sequence = _take(job_id, request, emitted)
+        self.stats.prompt_tokens += sequence.prompt_tokens + len(emitted.token_ids)
+        self._sequences[job_id] = sequence
+
+    def cancel(self, job_id: str, reason: FinishReason = "cancelled") -> None:
+        if (sequence := self._sequences.get(job_id)) is not None:
+            sequence.ending = sequence.ending or reason
+
+    def drop(self, job_id: str) -> None:
+        self._sequences.pop(job_id, None)
+
+    def step(self) -> list[Event]:
+        start = time.perf_counter()
+        if self._config.step_seconds:
+            self._sleep(self._config.step_seconds)
+        rows = sum(sequence.ending is None for sequence in self._sequences.values())
+        events = [event for sequence in list(self._sequences.values()) for event in self._advance(sequence)]
+        self._count(rows, time.perf_counter() - start)
+        return events
+
+    def _advance(self, sequence: InstantSequence) -> list[Event]:
+        """One token more, or the end, or both."""
+        events: list[Event] = []
+        if (error := _obey_prompt(sequence)) is not None:
+            events.append(FailedEvent(job_id=sequence.job_id, error=error))
+        elif sequence.ending is None:
+            events.append(_draw(sequence))
+        if error is None and sequence.ending is not None:
+            events.append(FinishedEvent(job_id=sequence.job_id, result=_result(sequence)))
+        if not isinstance(events[-1], TokenEvent):
+            del self._sequences[sequence.job_id]
+        return events
+
+    def _count(self, rows: int, seconds: float) -> None:
+        self.stats.steps += 1
+        self.stats.step_seconds += seconds
+        self.stats.generated_tokens += rows
+        if rows:
+            self.stats.decode_rows[rows] = self.stats.decode_rows.get(rows, 0) + 1
+
+
+def _take(job_id: str, request: Request, emitted: Emitted) -> InstantSequence:
+    """The sequence as it stood after ``emitted``."""
+    seed = (request.params.seed if request.params.seed is not None else job_id) if request.params.temperature else None
+    key = hashlib.sha256(json.dumps([request.to_wire()["input"], seed]).encode()).digest()
+    ending: FinishReason | None = "stop" if request.kind is Kind.PREDICT else None
+    sequence = InstantSequence(job_id, request, key, _count_prompt(request), [], ending=ending)
+    for token_id in emitted.token_ids:
+        _append(sequence, token_id)
+    return sequence
+
+
+def _count_prompt(request: Request) -> int:
+    """Tokens of the prompt: words of a text, ids of a list.
+
+    Raises:
+        RequestError: too long, or an id outside the vocabulary.
+    """
+    param = "input.token_ids" if request.kind is Kind.PREDICT else "input.prompt_token_ids"
+    if request.token_ids is not None:
+        if max(request.token_ids) >= VOCABULARY:
+            raise InvalidField(param, f"must hold token ids below {VOCABULARY}, this model's vocabulary")
+        tokens = len(request.token_ids)
+    else:
+        texts = [request.prompt or ""] if request.messages is None else [m.content for m in request.messages]
+        tokens, param = max(1, sum(len(text.split()) for text in texts)), "input"
+    if tokens >= MAX_MODEL_LEN:
+        raise PromptTooLong(tokens, MAX_MODEL_LEN - 1, param)
+    return tokens
+
+
+def _obey_prompt(sequence: InstantSequence) -> EngineError | None:
+    """Do what a prompt with a test hook says; its error, if it asks for one."""
+    word, _, count = (sequence.request.prompt or "").partition(" ")
+    if word == "!crash" and len(sequence.tokens) >= (int(count) if count.isdecimal() else 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    while word == "!hang":
+        time.sleep(3600)
+    return EngineError("the prompt asked for a failure") if word == "!fail" else None
+
+
+def _draw(sequence: InstantSequence) -> TokenEvent:
+    """Draw the next token; the event carries the text that can no longer become a stop string."""
+    token_id, before = _token(sequence, len(sequence.tokens)), sequence.sent
+    _append(sequence, token_id)
+    logprobs = None if sequence.request.params.logprobs is None else (sequence.logprobs[-1],)
+    text = sequence.text[before : sequence.sent]
+    return TokenEvent(job_id=sequence.job_id, text=text, token_ids=(token_id,), logprobs=logprobs)
+
+
+def _token(sequence: InstantSequence, k: int) -> int:
+    digest = hashlib.blake2b(sequence.key + k.to_bytes(4, "big"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % VOCABULARY
+
+
+def _append(sequence: InstantSequence, token_id: int) -> None:
+    """Take one token in, and see whether it is the last."""
+    params, known = sequence.request.params, len(sequence.text)
+    sequence.tokens.append(token_id)
+    sequence.text += f"w{token_id} "
+    if params.logprobs is not None:
+        sequence.logprobs.append(_logprob(token_id, params.logprobs))
+    start = max(0, known - max(map(len, params.stop), default=0))
+    found = [at for at in (sequence.text.find(stop, start) for stop in params.stop) if at >= 0]
+    if found:
+        sequence.text, sequence.ending = sequence.text[: min(found)], "stop"
+    elif len(sequence.tokens) >= min(params.max_tokens, MAX_MODEL_LEN - sequence.prompt_tokens):
+        sequence.ending = "length"
+    held = 0 if sequence.ending else _held_back(sequence.text, params.stop)
+    sequence.sent = len(sequence.text) - held
+
+
+def _held_back(text: str, stops: tuple[str, ...]) -> int:
+    """How many characters at the end of ``text`` may be the beginning of a stop string."""
+    longest = max(map(len, stops), default=0)
+    for length in range(min(longest - 1, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
+
+
+def _logprob(token_id: int, likeliest: int) -> TokenLogprob:
+    top = tuple(((token_id + place) % VOCABULARY, -0.5 - place) for place in range(likeliest))
+    return TokenLogprob(token_id=token_id, logprob=-0.5, top=top)
+
+
+def _result(sequence: InstantSequence) -> Result:
+    usage = Usage(prompt_tokens=sequence.prompt_tokens, completion_tokens=len(sequence.tokens))
+    if sequence.request.kind is Kind.PREDICT:
+        following = tuple((7 * token_id + 1) % VOCABULARY for token_id in sequence.request.token_ids or ())
+        return Result(usage=usage, token_ids=following)
+    choice = Choice(
+        text=sequence.text[: sequence.sent],
+        finish_reason=sequence.ending or "stop",
+        token_ids=tuple(sequence.tokens),
+        logprobs=None if sequence.request.params.logprobs is None else tuple(sequence.logprobs),
+    )
+    return Result(usage=usage, choices=(choice,))
