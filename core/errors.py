@@ -11,13 +11,15 @@
     │   └── ModelRefused           we will not load it, and say why
     ├── JobError                 the job is not what the caller thinks
     │   ├── JobNotFound            unknown or already forgotten
-    │   └── JobConflict            the job's state does not allow that move
+    │   ├── JobConflict            the job's state does not allow that move
+    │   └── JobTimeout             it ran longer than its submitter allowed
     ├── QueueFull                the client's move, later: the queue is at its bound
     ├── StoreError               the operator's move: Redis
     │   ├── StoreUnavailable       it does not answer, is loading, read-only or out of memory or disk
     │   ├── NotDurable             written, but not confirmed on disk in time; a repeat is safe
     │   └── UnsafeServer           its configuration cannot keep the promise that was asked for
     └── EngineError              our move: a step failed
+        ├── EngineChanged          another engine began the answer; ours would go on differently
         └── PoisonJob              the job was running each time its worker died
 
 Leaves carry facts as attributes and build their own message; ``code`` is the stable word a client may match.
@@ -141,6 +143,16 @@ class JobConflict(JobError):
         self.job_id = job_id
 
 
+class JobTimeout(JobError):
+    """The job ran longer than its submitter allowed (RQ's ``job_timeout``)."""
+
+    code = "job_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the job ran longer than its timeout of {seconds:g} s")
+        self.seconds = seconds
+
+
 class QueueFull(HeadraceError):
     """The queue is at its bound."""
 
@@ -194,6 +206,17 @@ class EngineError(HeadraceError):
     """A step failed through no fault of the request."""
 
     code = "engine_error"
+
+
+class EngineChanged(EngineError):
+    """Another model, dtype or version began the answer; ours would silently go on as somebody else."""
+
+    code = "engine_changed"
+
+    def __init__(self, began: str, ours: str) -> None:
+        super().__init__(f"engine {began} began this answer and only {ours} is here; retry the job to start it again")
+        self.began = began
+        self.ours = ours
 
 
 class PoisonJob(EngineError):
