@@ -1,0 +1,182 @@
+"""The Python client: submit, wait, stream, cancel. Every call is safe to repeat, and is repeated.
+
+A 429 or 503 is tried again after the server's ``Retry-After``, a broken connection at once, a broken stream from its
+last event. The id of a job is made here, so that a repeat never makes a second job.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import httpx2
+
+from headrace import calls
+from headrace.answers import Event, Job, JobPage
+from headrace.async_client import AsyncClient
+from headrace.calls import DEFAULT_URL, Asked, Call
+from headrace.errors import JobFailed, TimedOut, Unreachable
+from headrace.patience import Patience, Tries
+from headrace.transport import answer, options, request, stream, this_wait, why
+
+__all__ = ["AsyncClient", "Client"]
+
+T = TypeVar("T")
+
+
+class Client:
+    """A blocking client; use it as a context manager, from as many threads as you like.
+
+    Raises (every method): Unreachable, or a ServerRefused with ``status``, ``code``, ``param``.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, *, api_key: str = "", patience: Patience | None = None) -> None:
+        self._url = url.rstrip("/")
+        self._patience = patience or Patience()
+        self._http = httpx2.Client(**options(self._url, api_key))
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def submit(self, asked: Asked, *, job_id: str | None = None, wait: float = 0, **params: Any) -> Job:
+        """Queue a job; the answer is on disk when this returns.
+
+        Args:
+            asked: a prompt, messages, or a whole body ``{"kind", "input", "params", "metadata", …}``.
+            job_id: your own id; submitting twice with one id makes one job.
+            wait: seconds to wait for its end before it is returned as it is then.
+            params: sampling parameters: ``max_tokens``, ``temperature``, ``seed``, ``stop`` …
+        """
+        return self._send(calls.submit(job_id or calls.new_job_id(), calls.body_of(asked, **params), wait))
+
+    def get(self, job_id: str) -> Job:
+        """The job as it is now."""
+        return self._send(calls.get(job_id))
+
+    def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        """The job once it has ended.
+
+        Raises:
+            TimedOut: it has not within ``timeout`` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not (job := self._send(calls.get(job_id, this_wait(deadline)))).ended:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimedOut(job_id, timeout or 0)
+        return job
+
+    def run(self, asked: Asked, *, timeout: float | None = None, **params: Any) -> Job:
+        """Submit and wait.
+
+        Raises:
+            TimedOut: it has not ended in time.
+            JobFailed: it ended without a result.
+        """
+        job = self.wait(self.submit(asked, **params).id, timeout)
+        if not job.succeeded:
+            raise JobFailed(job)
+        return job
+
+    def events(self, job_id: str, after: int = -1) -> Iterator[Event]:
+        """Every event numbered above ``after``, as they come, each once, until the last.
+
+        A connection that breaks is opened again and goes on after the last event that was read.
+        """
+        tries = Tries(self._patience)
+        while True:
+            seen = after
+            try:
+                for event in self._read_events(job_id, after, tries):
+                    after = event.number
+                    tries.broken = 0
+                    yield event
+                    if event.type == "finished":
+                        return
+            except httpx2.TransportError as error:
+                self._pause(tries.pause_after_break(), error)
+            else:
+                if after == seen and (self.get(job_id)).ended:
+                    return  # ended by somebody else's hand, without a last event
+                self._pause(tries.pause_after_break(), None)
+
+    def stream(self, job_id: str) -> Iterator[str]:
+        """The answer's text, piece by piece.
+
+        Raises:
+            JobFailed: it ended without a result.
+        """
+        for event in self.events(job_id):
+            if event.text:
+                yield event.text
+            if event.job is not None and not event.job.succeeded:
+                raise JobFailed(event.job)
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask for its end; a running job keeps what it has."""
+        return self._send(calls.cancel(job_id))
+
+    def retry(self, job_id: str) -> Job:
+        """Queue a failed job again."""
+        return self._send(calls.retry(job_id))
+
+    def delete(self, job_id: str) -> None:
+        """Forget an ended job and its answer."""
+        self._send(calls.delete(job_id))
+
+    def list(
+        self, *, status: str | None = None, kind: str | None = None, after: str | None = None, limit: int = 20
+    ) -> JobPage:
+        """A page of jobs, newest first."""
+        return self._send(calls.jobs(status=status, kind=kind, after=after, limit=limit))
+
+    def models(self) -> Sequence[Mapping[str, Any]]:
+        """What is served."""
+        return self._send(calls.models())
+
+    def workers(self) -> Sequence[Mapping[str, Any]]:
+        """Who serves it."""
+        return self._send(calls.workers())
+
+    def ready(self) -> Mapping[str, Any]:
+        """Whether the server can take jobs, and what it promises about them."""
+        return self._send(calls.ready())
+
+    def _send(self, call: Call[T]) -> T:
+        tries = Tries(self._patience)
+        while True:
+            try:
+                response = self._http.request(**request(call))
+            except httpx2.TransportError as error:
+                self._pause(tries.pause_after_break(), error)
+                continue
+            pause = tries.pause_after_status(response.status_code, response.headers.get("retry-after"))
+            if pause is None:
+                return call.read(answer(response))
+            time.sleep(pause)
+
+    def _read_events(self, job_id: str, after: int, tries: Tries) -> Iterator[Event]:
+        with self._http.sse(calls.events_path(job_id), **stream(after)) as source:
+            if not source.response.is_success:
+                source.response.read()
+                pause = tries.pause_after_status(
+                    source.response.status_code, source.response.headers.get("retry-after")
+                )
+                if pause is None:
+                    answer(source.response)
+                time.sleep(pause or 0)
+                return
+            for sent in source:
+                yield calls.read_event(sent.id, sent.event, sent.json())
+
+    def _pause(self, seconds: float | None, error: Exception | None) -> None:
+        if seconds is None:
+            raise Unreachable(self._url, why(error)) from error
+        time.sleep(seconds)
