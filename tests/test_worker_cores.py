@@ -1,0 +1,52 @@
+"""Threads: the cores we may use, divided by the workers of this host."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from worker.cores import count_cores, read_boot_id, share_cores
+from worker.settings import WorkerSettings
+
+
+def test_workers_of_one_host_share_its_cores_and_others_do_not_count() -> None:
+    assert share_cores(12, "here", [], least=1) == 12
+    assert share_cores(12, "here", ["here", "there", "here"], least=1) == 4
+    assert share_cores(12, "here", ["there"], least=4) == 3
+    assert share_cores(2, "here", ["here"] * 5, least=1) == 1
+    assert share_cores(8, "", ["", ""], least=1) == 8
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, None),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({"cpu.max": "9900000 100000"}, None),
+    ],
+)
+def test_a_containers_quota_bounds_the_cores(tmp_path: Path, files: dict[str, str], cores: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+
+    assert count_cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))
+
+
+def test_the_boot_id_names_this_host() -> None:
+    assert read_boot_id() == read_boot_id() != ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("engine", "jax"), ("workers", 0), ("drain_seconds", -1.0), ("dtype", "int8"), ("lease_seconds", float("nan"))],
+)
+def test_a_setting_out_of_its_bound_is_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field}: must be"):
+        WorkerSettings(**{field: value})  # type: ignore[arg-type]

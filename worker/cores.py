@@ -1,0 +1,49 @@
+"""How many threads a worker may use: the cores we are allowed, divided by the workers of this host. Knows no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def read_boot_id() -> str:
+    """What this host is called by all its containers; empty where there is no such thing."""
+    return _read(BOOT_ID)
+
+
+def count_cores(cgroup: Path = CGROUP) -> int:
+    """The cores this process may keep busy: its affinity, and the quota of its container."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, round(_read_quota(cgroup) or allowed)))
+
+
+def share_cores(cores: int, boot_id: str, others: Iterable[str], *, least: int) -> int:
+    """Threads for one worker.
+
+    Args:
+        others: the boot id of every other live worker.
+        least: workers that are known to be meant for this host, whether they run already or not.
+    """
+    here = 1 + sum(bool(boot_id) and other == boot_id for other in others)
+    return max(1, cores // max(here, least))
+
+
+def _read_quota(cgroup: Path) -> float | None:
+    """Cores that the container's quota allows, by cgroup version 2 or 1; None where there is none."""
+    quota, _, period = (_read(cgroup / "cpu.max") or _read_version_1(cgroup)).partition(" ")
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
+
+
+def _read_version_1(cgroup: Path) -> str:
+    return f"{_read(cgroup / 'cpu/cpu.cfs_quota_us')} {_read(cgroup / 'cpu/cpu.cfs_period_us')}"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""

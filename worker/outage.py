@@ -1,0 +1,65 @@
+"""When to speak to Redis again after it did not answer, and things that are due every so often."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+log = logging.getLogger("headrace.worker")
+
+FIRST_PAUSE_SECONDS = 0.05
+LONGEST_PAUSE_SECONDS = 1.0
+
+
+class Outage:
+    """Redis is away or it is not; while it is, the worker computes on and knocks now and then."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._pause = 0.0  #: 0: no outage
+        self._since = 0.0
+        self._retry_at = 0.0
+
+    @property
+    def wait_seconds(self) -> float:
+        """Until the next try; 0 when Redis is there or may be tried."""
+        return max(0.0, self._retry_at - self._clock()) if self._pause else 0.0
+
+    def begin(self, error: Exception) -> None:
+        """Redis did not answer."""
+        now = self._clock()
+        if not self._pause:
+            self._since = now
+            log.error("%s; computing on", error)
+        self._pause = min(LONGEST_PAUSE_SECONDS, 2 * self._pause or FIRST_PAUSE_SECONDS)
+        self._retry_at = self._clock() + self._pause
+
+    def end(self) -> None:
+        """Redis answered."""
+        if self._pause:
+            log.info("the job store is back after %.1f s", self._clock() - self._since)
+        self._pause = 0.0
+
+
+class Every:
+    """True once in so many seconds, the first time at once."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._due_at = clock()
+
+    @property
+    def in_seconds(self) -> float:
+        return max(0.0, self._due_at - self._clock())
+
+    def due(self) -> bool:
+        """Whether it is time; asking sets the next time."""
+        if self.in_seconds > 0:
+            return False
+        self._due_at = self._clock() + self._seconds
+        return True
+
+    def hurry(self, seconds: float = 0.0) -> None:
+        """Be due in at most so many seconds."""
+        self._due_at = min(self._due_at, self._clock() + seconds)
