@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
 from headrace.rooms import BAD_CONFIGURATION, tethered
@@ -106,24 +106,33 @@ class Child:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def _run_once(self) -> int:
-        process = self._process = await asyncio.create_subprocess_exec(
-            *tethered(self.role.command, self.role.death_signal),
-            stdin=asyncio.subprocess.PIPE if self.role.standard_input else asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env=dict(self.role.environment),
-            start_new_session=True,
-            pass_fds=self.role.files,
-            limit=LINE_LIMIT,
-        )
+        """Start the process and see its end.
+
+        Its output has a pipe of our own: asyncio's would let us wait for whoever else holds the other end, an engine
+        that outlives its parent for instance.
+        """
+        ours, theirs = os.pipe()
+        try:
+            process = self._process = await asyncio.create_subprocess_exec(
+                *tethered(self.role.command, self.role.death_signal),
+                stdin=asyncio.subprocess.PIPE if self.role.standard_input else asyncio.subprocess.DEVNULL,
+                stdout=theirs,
+                stderr=theirs,
+                env=dict(self.role.environment),
+                start_new_session=True,
+                pass_fds=self.role.files,
+            )
+        finally:
+            os.close(theirs)
         if self._stopping:
             self.send(signal.SIGTERM)  # ``stop`` came while it was being started
-        lines = asyncio.create_task(self._pass_lines_on(process))
-        await self._feed(process)
-        code = await process.wait()
-        self.kill()  # what it left behind: an engine whose parent died would compute for nobody
-        await asyncio.wait({lines}, timeout=1)  # something outside its session may hold the pipe open
-        lines.cancel()
+        async with _lines(ours) as stream:
+            passing = asyncio.create_task(self._pass_on(stream))
+            await self._feed(process)
+            code = await process.wait()
+            self.kill()  # what it left behind: an engine whose parent died would compute for nobody
+            await asyncio.wait({passing}, timeout=1)
+            passing.cancel()
         return code
 
     async def _feed(self, process: asyncio.subprocess.Process) -> None:
@@ -133,11 +142,23 @@ class Child:
                 await process.stdin.drain()
             process.stdin.close()
 
-    async def _pass_lines_on(self, process: asyncio.subprocess.Process) -> None:
-        if process.stdout is None:
-            return
-        while line := await _line(process.stdout):
+    async def _pass_on(self, stream: asyncio.StreamReader) -> None:
+        while line := await _line(stream):
             self._log(self.role.name, line.decode(errors="replace").rstrip())
+
+
+@contextlib.asynccontextmanager
+async def _lines(descriptor: int) -> AsyncIterator[asyncio.StreamReader]:
+    """The reading end of a pipe, as a stream."""
+    reader = asyncio.StreamReader(limit=LINE_LIMIT)
+    with open(descriptor, "rb", buffering=0) as pipe:
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+        try:
+            yield reader
+        finally:
+            transport.close()
+            await asyncio.sleep(0)  # the transport closes the pipe in the loop's next round
 
 
 async def _line(stream: asyncio.StreamReader) -> bytes:

@@ -58,12 +58,6 @@ def check_before_start(settings: Settings) -> Settings:
         return replace(settings, port=probe.getsockname()[1])
 
 
-def threads_per_worker(settings: Settings) -> int:
-    """The cores we may use, divided among the workers."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return settings.threads or max(1, cores // settings.workers)
-
-
 class House:
     """The rooms as processes. Starts Valkey, then API and model, then workers; stops them the other way round."""
 
@@ -132,9 +126,8 @@ class House:
         return Role(name=name, command=argv, environment=environment(self._settings, self._inherited, **changes))
 
     def _worker_role(self, index: int) -> Role:
-        threads = str(threads_per_worker(self._settings))
         name = f"{self._settings.worker_name}-{index}" if self._settings.worker_name else ""
-        changes = {"worker_index": str(index), "threads": threads} | ({"worker_name": name} if name else {})
+        changes = {"worker_index": str(index)} | ({"worker_name": name} if name else {})
         return self._role(f"worker-{index}", command("worker"), **changes)
 
     async def _fetch_model(self) -> None:

@@ -21,7 +21,8 @@ WORKER_SETTINGS = (
 )
 API_SETTINGS = (
     *("host", "port", "api_key", "api_key_file", "allow_origin", "durability", "max_queued"),
-    *("max_body_bytes", "max_wait_seconds", "result_ttl_seconds"),
+    *("max_body_bytes", "max_wait_seconds", "result_ttl_seconds", "predict_wait_seconds"),
+    *("max_streams", "heartbeat_seconds"),
 )
 COLOURS = {"headrace": 1, "valkey": 35, "api": 36, "worker": 32}
 
