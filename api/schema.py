@@ -1,0 +1,199 @@
+"""The bodies and queries of HTTP, each field with its bound, and their way to ``core.request``. Knows no routes.
+
+Bounds come from ``core.request``: what the schema lets through, ``Request.from_wire`` reads once more, so the two
+cannot drift apart unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+
+from core.request import (
+    BOUNDS,
+    MAX_MESSAGES,
+    MAX_MODEL_CHARACTERS,
+    MAX_PROMPT_CHARACTERS,
+    MAX_PROMPT_TOKENS,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_TOKEN_ID,
+    Kind,
+    Request,
+    SamplingParams,
+)
+from jobs.job import JobState, NewJob
+
+MAX_SECONDS = 2_592_000  #: thirty days: the longest deadline and retention a request may ask for
+MAX_METADATA = 16
+MAX_METADATA_KEY = 64
+MAX_METADATA_VALUE = 512
+MAX_PAGE = 100
+MAX_HELD_SECONDS = 3_600
+MAX_EVENT_NUMBER = 2**53 - 1
+JOB_ID = r"^[A-Za-z0-9_-]{1,128}$"
+
+_DEFAULT = SamplingParams()
+
+
+def bounded(name: str) -> Any:
+    """``BOUNDS[name]`` as a pydantic constraint."""
+    bound = BOUNDS[name]
+    low, high = (int(bound.low), int(bound.high)) if bound.whole else (bound.low, bound.high)
+    return Field(gt=low, le=high) if bound.above else Field(ge=low, le=high)
+
+
+def _listed(stop: object) -> object:
+    return [stop] if isinstance(stop, str) else stop
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+Stop = Annotated[StopStrings, BeforeValidator(_listed, json_schema_input_type=StopString | StopStrings)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
+ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
+MetadataKey = Annotated[str, Field(min_length=1, max_length=MAX_METADATA_KEY)]
+MetadataValue = Annotated[str, Field(max_length=MAX_METADATA_VALUE)]
+JobId = Annotated[str, Field(pattern=JOB_ID, max_length=128)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_HELD_SECONDS, allow_inf_nan=False)]
+
+
+class Body(BaseModel):
+    """A JSON object: no unknown names, no guessing of types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+class Params(Body):
+    """How tokens are drawn, and when to stop."""
+
+    max_tokens: Annotated[int, bounded("max_tokens")] = _DEFAULT.max_tokens
+    temperature: Annotated[float, bounded("temperature")] = _DEFAULT.temperature
+    top_p: Annotated[float, bounded("top_p")] = _DEFAULT.top_p
+    top_k: Annotated[int, bounded("top_k")] = _DEFAULT.top_k
+    min_p: Annotated[float, bounded("min_p")] = _DEFAULT.min_p
+    seed: Annotated[int, bounded("seed")] | None = None
+    stop: Stop = Field(default_factory=list)
+    logprobs: Annotated[int, bounded("logprobs")] | None = None
+    ignore_eos: bool = False
+
+
+class Turn(Body):
+    """One message of a chat."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+
+
+class GenerateInput(Body):
+    """Exactly one of the three."""
+
+    prompt: Prompt | None = None
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    prompt_token_ids: TokenIds | None = None
+
+
+class PredictInput(Body):
+    """The ids at whose positions the likeliest next id is wanted."""
+
+    token_ids: TokenIds
+
+
+class JobFields(Body):
+    """What every kind of job may say."""
+
+    model: ModelName | None = None
+    deadline_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = None
+    result_ttl_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
+
+    def to_request(self) -> Request:
+        """What the client asked, in the words of ``core``.
+
+        Raises:
+            RequestError: naming the field.
+        """
+        wire = self.model_dump(include={"kind", "model", "input", "params"}, exclude_unset=True)
+        return Request.from_wire(wire)
+
+    def to_new_job(self, job_id: str, request: Request, *, result_ttl_seconds: int) -> NewJob:
+        """The job to submit; ``request`` is ours with the model's name settled."""
+        return NewJob(
+            id=job_id,
+            request=request,
+            deadline_seconds=self.deadline_seconds,
+            result_ttl_seconds=self.result_ttl_seconds or result_ttl_seconds,
+            metadata=self.metadata,
+        )
+
+
+class GenerateBody(JobFields):
+    """Continue a prompt, a chat or token ids."""
+
+    kind: Literal["generate"]
+    input: GenerateInput
+    params: Params | None = None
+
+
+class PredictBody(JobFields):
+    """The likeliest next token id at each position."""
+
+    kind: Literal["predict"]
+    input: PredictInput
+
+
+class TextBody(Body):
+    """``POST /predict``: text for a model with a tokenizer, token ids with spaces between for one without."""
+
+    input_text: Prompt
+    model: ModelName | None = None
+
+
+JobBody = Annotated[GenerateBody | PredictBody, Field(discriminator="kind")]
+JOB_BODY: TypeAdapter[GenerateBody | PredictBody] = TypeAdapter(JobBody)
+TEXT_BODY: TypeAdapter[TextBody] = TypeAdapter(TextBody)
+
+
+class Query(BaseModel):
+    """A query string: no unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class WaitQuery(Query):
+    """How long to wait for the job's end, in seconds."""
+
+    wait: Seconds = 0.0
+
+
+class ListQuery(Query):
+    """Which jobs, newest first."""
+
+    status: Annotated[list[JobState], Field(max_length=16)] = Field(default_factory=list)
+    kind: Annotated[list[Kind], Field(max_length=16)] = Field(default_factory=list)
+    reason: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    after: JobId | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 20
+
+
+class EventsQuery(Query):
+    """After which event to go on; the header ``Last-Event-ID`` says the same."""
+
+    after: Annotated[int, Field(ge=-1, le=MAX_EVENT_NUMBER)] | None = None
+    last_event_id: Annotated[int, Field(ge=-1, le=MAX_EVENT_NUMBER)] | None = None
+
+
+#: The known names under each path, to suggest one of them for an unknown one.
+Names: TypeAlias = Mapping[str, tuple[str, ...]]
+JOB_NAMES: Names = {
+    "": tuple(GenerateBody.model_fields),
+    "params": tuple(Params.model_fields),
+    "input": (*GenerateInput.model_fields, *PredictInput.model_fields),
+    "input.messages": tuple(Turn.model_fields),
+}
+TEXT_NAMES: Names = {"": tuple(TextBody.model_fields)}
+QUERY_NAMES: Names = {"": tuple({**WaitQuery.model_fields, **ListQuery.model_fields, **EventsQuery.model_fields})}
