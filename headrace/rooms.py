@@ -29,7 +29,7 @@ def tethered(argv: tuple[str, ...], death_signal: str = "KILL") -> tuple[str, ..
     """The same command, ended by the kernel when the process that started it dies (on Linux; elsewhere as it was)."""
     if sys.platform != "linux":
         return argv
-    tether = Path(__file__).with_name("tether.py")
+    tether = Path(__file__).parent / "tether" / "__main__.py"
     return (sys.executable, "-I", "-S", str(tether), death_signal, str(os.getpid()), *argv)
 
 

@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import redis
 from headrace.embedded import DataFolder, FolderInUse, NoServer, find_server
 from headrace.rooms import tethered
 from headrace.supervise import Child, PermanentFailure, Role
+from tests.processes import has_ended, until
 
 
 def program(folder: Path, name: str, version: str) -> Path:
@@ -199,8 +199,7 @@ def test_what_a_dead_process_leaves_behind_ends_with_it() -> None:
     role = Role(name="r", command=script(leave), environment=os.environ, first_wait_seconds=0.01)
     lines, _ = kept(role)
 
-    for pid in map(int, lines):
-        assert_ends(pid)
+    until(lambda: all(has_ended(int(pid)) for pid in lines))
 
 
 def test_one_that_ignores_sigterm_is_killed_after_the_time_given() -> None:
@@ -232,18 +231,4 @@ def test_a_child_ends_when_its_parent_is_killed() -> None:
         child = int(parent.stdout.readline())
         parent.kill()
 
-    assert_ends(child)
-
-
-def assert_ends(pid: int, seconds: float = 5.0) -> None:
-    """The process is gone, or dead and waiting for somebody to notice."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-        except FileNotFoundError:
-            return
-        if state == "Z":
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"process {pid} still runs")
+    until(lambda: has_ended(child))

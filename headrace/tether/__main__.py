@@ -1,4 +1,4 @@
-"""Start a command that the kernel ends when its parent dies: ``tether.py SIGNAL PARENT COMMAND …`` (Linux).
+"""Start a command that the kernel ends when its parent dies: ``tether SIGNAL PARENT COMMAND …`` (Linux).
 
 A program of its own, because the request must be made in the new process, and running Python between fork and exec
 of a process that has threads can hang. Standard library only; started with ``-I -S``.

@@ -1,0 +1,77 @@
+# Headrace: `make demo` and `make test` set up by themselves; they need Python 3.11 or newer, pip and make.
+
+MODEL  ?= smollm2-135m
+DTYPE  ?= auto
+VENV   ?= .venv
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --no-input
+
+# torch: the plain package brings gigabytes of CUDA on Linux, so it is taken only where a driver is. Else the CPU
+# build: from the sources pip is configured with, where they have one, else from PyTorch's public index.
+TORCH        ?= 2.13.0
+TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: help demo test lint bench clean setup
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo [DTYPE=float32] [MODEL=name]   start everything, answer a few dozen jobs, stop"
+	@echo "make test                                lint, types and the whole test suite"
+	@echo "make lint                                lint, format check and types alone"
+	@echo "make bench                               the side-by-side benchmark (minutes)"
+	@echo "make clean                               remove what was made here; the model cache stays"
+
+demo: $(VENV)/.server
+	@$(PY) -P -m headrace demo --model "$(MODEL)" --dtype "$(DTYPE)"
+
+test: $(VENV)/.dev $(VENV)/.model lint
+	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_FIND_LINKS= $(PY) -m pytest
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+bench: $(VENV)/.server $(VENV)/.model
+	$(PY) -m benchmarks.throughput
+
+setup: $(VENV)/.dev $(VENV)/.model
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build demo.json
+
+# A stamp for each stage: a second run finds them and installs nothing.
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "Headrace needs Python 3.11 or newer; none was found. Say which: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(PY) install --quiet pip; }  # Debian's python3 has no ensurepip of its own
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.python
+	@echo "installing torch (once; this is the big one)"
+	@if command -v nvidia-smi >/dev/null 2>&1 || [ -e /proc/driver/nvidia/version ]; then \
+		$(PIP) "torch>=$(TORCH)"; \
+	elif [ "$$(uname -s)" != Linux ]; then \
+		$(PIP) "torch>=$(TORCH)"; \
+	else \
+		$(PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(PIP) "torch>=$(TORCH)" --index-url "$(TORCH_INDEX)"; \
+	fi
+	@touch $@
+
+$(VENV)/.server: $(VENV)/.torch pyproject.toml
+	@echo "installing Headrace with its server"
+	@$(PIP) -e ".[server]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	@echo "installing Headrace with its server and what the tests need"
+	@$(PIP) -e ".[dev]"
+	@touch $(VENV)/.server $@
+
+$(VENV)/.model: | $(VENV)/.server
+	@$(PY) -P -m core.models.source smollm2-135m >/dev/null
+	@touch $@

@@ -1,0 +1,1 @@
+"""A small program that ties a process to its parent: see ``__main__``."""
