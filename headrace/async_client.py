@@ -151,24 +151,24 @@ class AsyncClient:
             except httpx2.TransportError as error:
                 await self._pause(tries.pause_after_break(), error)
                 continue
-            pause = tries.pause_after_status(response.status_code, response.headers.get("retry-after"))
+            pause = tries.pause_after(response)
             if pause is None:
                 return call.read(answer(response))
             await asyncio.sleep(pause)
 
     async def _read_events(self, job_id: str, after: int, tries: Tries) -> AsyncIterator[Event]:
-        async with self._http.sse(calls.events_path(job_id), **stream(after)) as source:
-            if not source.response.is_success:
+        while True:
+            async with self._http.sse(calls.events_path(job_id), **stream(after)) as source:
+                if source.response.is_success:
+                    async for sent in source:
+                        yield calls.read_event(sent.id, sent.event, sent.json())
+                    return
                 await source.response.aread()
-                pause = tries.pause_after_status(
-                    source.response.status_code, source.response.headers.get("retry-after")
-                )
+                pause = tries.pause_after(source.response)
                 if pause is None:
                     answer(source.response)
-                await asyncio.sleep(pause or 0)
-                return
-            async for sent in source:
-                yield calls.read_event(sent.id, sent.event, sent.json())
+                    return
+            await asyncio.sleep(pause)
 
     async def _pause(self, seconds: float | None, error: Exception | None) -> None:
         if seconds is None:

@@ -157,24 +157,24 @@ class Client:
             except httpx2.TransportError as error:
                 self._pause(tries.pause_after_break(), error)
                 continue
-            pause = tries.pause_after_status(response.status_code, response.headers.get("retry-after"))
+            pause = tries.pause_after(response)
             if pause is None:
                 return call.read(answer(response))
             time.sleep(pause)
 
     def _read_events(self, job_id: str, after: int, tries: Tries) -> Iterator[Event]:
-        with self._http.sse(calls.events_path(job_id), **stream(after)) as source:
-            if not source.response.is_success:
+        while True:
+            with self._http.sse(calls.events_path(job_id), **stream(after)) as source:
+                if source.response.is_success:
+                    for sent in source:
+                        yield calls.read_event(sent.id, sent.event, sent.json())
+                    return
                 source.response.read()
-                pause = tries.pause_after_status(
-                    source.response.status_code, source.response.headers.get("retry-after")
-                )
+                pause = tries.pause_after(source.response)
                 if pause is None:
                     answer(source.response)
-                time.sleep(pause or 0)
-                return
-            for sent in source:
-                yield calls.read_event(sent.id, sent.event, sent.json())
+                    return
+            time.sleep(pause)
 
     def _pause(self, seconds: float | None, error: Exception | None) -> None:
         if seconds is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+import httpx2
+
 BUSY = frozenset({429, 503})
 LONGEST_PAUSE_SECONDS = 120.0
 
@@ -26,8 +28,12 @@ class Tries:
     broken: int = 0
     waited: float = 0.0  #: seconds, on 429 and 503
 
-    def pause_after_status(self, status: int, retry_after: str | None) -> float | None:
+    def pause_after(self, response: httpx2.Response) -> float | None:
         """Seconds until the next try; None: the answer stands."""
+        return self.pause_after_status(response.status_code, response.headers.get("retry-after"))
+
+    def pause_after_status(self, status: int, retry_after: str | None) -> float | None:
+        """The same, for a status and the server's own wish in seconds."""
         self.broken = 0  # it answered
         if status not in BUSY:
             return None
