@@ -70,8 +70,10 @@ class Job:
 
     id: str
     state: JobState
-    request: Request
+    kind: Kind
     created_at: float
+    model: str | None = None  #: as the request names it
+    request: Request | None = None  #: what was asked, as a submission answers it; a poll does not read it again
     started_at: float | None = None  #: of the last attempt
     first_token_at: float | None = None
     finished_at: float | None = None
@@ -89,17 +91,13 @@ class Job:
     metadata: Mapping[str, str] = field(default_factory=dict)
     result_ttl_seconds: int = 86_400
 
-    @property
-    def kind(self) -> Kind:
-        return self.request.kind
-
     def to_wire(self, *, eta_seconds: float | None = None) -> dict[str, Any]:
         """The job as clients see it (docs/wire.md); the prompt is not repeated."""
         return {
             "id": self.id,
             "object": "job",
             "kind": self.kind.value,
-            "model": self.request.model,
+            "model": self.model,
             "status": self.state.value,
             "created_at": self.created_at,
             "started_at": self.started_at,
