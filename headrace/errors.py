@@ -97,6 +97,7 @@ def refusal(status: int, body: Any, request_id: str | None) -> ServerRefused:
     table = body if isinstance(body, Mapping) else {}
     inner = table.get("error")
     fields: Mapping[str, Any] = inner if isinstance(inner, Mapping) else table
-    message = fields.get("message") or table.get("detail") or table.get("title") or "the server gave no reason"
+    reasons = "; ".join(map(str, table.get("reasons") or ()))  # of a server that is not ready
+    message = fields.get("message") or table.get("detail") or reasons or "the server gave no reason"
     cls = _BY_STATUS.get(status, InvalidRequest if 400 <= status < 500 else ServerRefused)
     return cls(status, str(fields.get("code") or "error"), str(message), fields.get("param"), request_id)

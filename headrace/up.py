@@ -29,7 +29,7 @@ class Ready:
     url: str
     model: str
     workers: int
-    redis_url_file: str  #: holds the address for RQ's tools; empty where REDIS_URL gave it
+    redis_url: str  #: for RQ's own tools; empty where REDIS_URL gave it: then everybody knows it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,11 +151,12 @@ class House:
         key = self._settings.read_api_key()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         async with httpx2.AsyncClient(base_url=url, headers=headers, trust_env=False, timeout=5) as client:
-            while (workers := await _count_workers(client)) < self._settings.workers:
+            while len(workers := await _entries(client, "/v1/workers")) < self._settings.workers:
                 await asyncio.sleep(0.1)
-        file = str(self._folder.path / "redis-url") if self._folder else ""
-        model = "instant" if self._settings.engine == "instant" else self._settings.model
-        self._terminal.ready(Ready(url=url, model=model, workers=workers, redis_url_file=file))
+            models = await _entries(client, "/v1/models")
+        redis_url = self._folder.url if self._folder else ""
+        names = ", ".join(str(model["id"]) for model in models)
+        self._terminal.ready(Ready(url=url, model=names, workers=len(workers), redis_url=redis_url))
 
     # Closing
 
@@ -218,10 +219,10 @@ def _in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-async def _count_workers(client: httpx2.AsyncClient) -> int:
-    """The workers that the API sees alive; none while it is not there yet."""
+async def _entries(client: httpx2.AsyncClient, path: str) -> list[dict[str, object]]:
+    """What a list of the API holds; nothing while it is not there yet."""
     try:
-        reply = await client.get("/v1/workers")
+        reply = await client.get(path)
     except httpx2.TransportError:
-        return 0
-    return len(reply.json()["data"]) if reply.is_success else 0
+        return []
+    return list(reply.json()["data"]) if reply.is_success else []

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from headrace.async_client import AsyncClient
 from headrace.calls import DEFAULT_URL, body_of
 from headrace.client import Client
-from headrace.errors import JobFailed, Unreachable
+from headrace.errors import JobFailed, ServerRefused, Unreachable
 from headrace.patience import Patience
 from headrace.private import private_server
 from headrace.settings import SettingError
@@ -47,21 +47,26 @@ def run(invocation: Invocation) -> int:
 @contextlib.contextmanager
 def _some_server(invocation: Invocation) -> Iterator[Client]:
     """The server at the address, or a private one where no address was given and nobody answers at the usual one."""
-    hasty = invocation.client(Patience(broken_tries=0))
-    try:
-        hasty.ready()
-    except Unreachable:
-        hasty.close()
-        if invocation.settings.url != DEFAULT_URL:
-            raise
-    else:
-        with hasty, invocation.client() as client:
+    if invocation.settings.url != DEFAULT_URL or _answers(invocation):
+        with invocation.client() as client:
             yield client
         return
     invocation.note("no server is up: starting a private one (headrace up keeps one running)")
     with private_server(invocation.settings, invocation.environ) as server:
         with Client(server.url, api_key=server.api_key) as client:
             yield client
+
+
+def _answers(invocation: Invocation) -> bool:
+    """Somebody is there, ready or not."""
+    with invocation.client(Patience(broken_tries=0, busy_seconds=0)) as client:
+        try:
+            client.ready()
+        except Unreachable:
+            return False
+        except ServerRefused:
+            return True
+        return True
 
 
 def _run_body(invocation: Invocation, client: Client) -> Mapping[str, Any]:

@@ -81,8 +81,8 @@ def _announcement(ready: Ready) -> str:
         f"  model   {ready.model}, {ready.workers} worker{'s' if ready.workers > 1 else ''}",
         '  try     headrace run "Why is the sky blue?"',
     ]
-    if ready.redis_url_file:
-        lines.append(f'  rq      rq info --url "$(cat {ready.redis_url_file})"')
+    if ready.redis_url:
+        lines.append(f"  rq      rq info --url {ready.redis_url}")
     return "\n".join([*lines, "  stop    Ctrl-C: running jobs finish; again: they are handed back"])
 
 
