@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import json
@@ -54,8 +55,12 @@ def api(invocation: Invocation) -> int:
 
 
 def worker(invocation: Invocation) -> int:
-    """Become a worker's parent."""
-    return _become(invocation, "worker")
+    """Become a worker's parent, or ask whether there is one."""
+    return _become(invocation, "worker.health" if invocation.arguments.check else "worker")
+
+
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="start nothing: exit 0 if a worker of this host is alive")
 
 
 def _become(invocation: Invocation, room: str) -> int:
@@ -106,4 +111,5 @@ WORKER = Verb(
     example="REDIS_URL=redis://127.0.0.1:6379 headrace worker --model ./my-model --dtype bfloat16",
     settings=("redis_url", "workers", "worker_index", "worker_name", "durability", *WORKER_SETTINGS),
     run=worker,
+    add=_add_worker,
 )

@@ -1,0 +1,1 @@
+"""The health check of a worker's container: see ``__main__``."""
