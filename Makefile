@@ -6,7 +6,7 @@ VENV   ?= .venv
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --no-input
+PIP    := $(PY) -m pip --disable-pip-version-check install -qq --no-input
 
 # torch: the plain package brings gigabytes of CUDA on Linux, so it is taken only where a driver is. Else the CPU
 # build: from the sources pip is configured with, where they have one, else from PyTorch's public index.
