@@ -41,6 +41,7 @@ ANSWERS: Mapping[type[HeadraceError], Answer] = {
     errors.ModelNotFound: Answer(status=404),
     errors.JobError: Answer(status=409, repeat=False),
     errors.JobNotFound: Answer(status=404),
+    errors.JobTimeout: Answer(status=504, repeat=False),
     errors.QueueFull: Answer(status=429),  # Retry-After is the error's own estimate
     errors.StoreError: Answer(status=503, retry_after=2, text="the job store is unavailable; try again"),
     errors.NotDurable: Answer(status=503, retry_after=1),
@@ -168,7 +169,7 @@ def _translated(error: Exception, path: str) -> HeadraceError:
 def _methods(path: str) -> str:
     """What ``path`` takes; Starlette's own answer names the first of its routes only."""
     every = [route for routes in ROUTES for route in routes.router.routes if isinstance(route, APIRoute)]
-    return ", ".join(sorted({name for route in every if route.path_regex.match(path) for name in route.methods}))
+    return ", ".join(sorted({name for route in every if route.path_regex.match(path) for name in route.methods or ()}))
 
 
 def _middleware(settings: ApiSettings, metrics: Metrics) -> list[Middleware]:

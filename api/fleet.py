@@ -40,9 +40,9 @@ class Fleet:
 
     def __init__(self, store: AsyncStore, own_model: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._own_model = own_model
-        self._workers = Remembered[Sequence[WorkerCard]](store.workers, 1.0, clock)
-        self._queue = Remembered[QueueReport](store.queue, 1.0, clock)
-        self._known = Remembered[Sequence[ModelCard]](store.known, 5.0, clock)
+        self._workers = Remembered[Sequence[WorkerCard]](lambda: store.workers(), 1.0, clock)
+        self._queue = Remembered[QueueReport](lambda: store.queue(), 1.0, clock)
+        self._known = Remembered[Sequence[ModelCard]](lambda: store.known(), 5.0, clock)
 
     async def workers(self) -> Sequence[WorkerCard]:
         """Those with a live lease."""
@@ -81,7 +81,7 @@ class Fleet:
         name = await self.settle(asked)
         cards = await self.live() or {card.name: card for card in await self._known.get()}
         name = name or _only(cards, self._own_model) or next(iter(sorted(cards)), None)
-        if name not in cards:
+        if name is None or name not in cards:
             raise NoWorker
         return cards[name]
 

@@ -68,8 +68,9 @@ async def nothing_left(context: Context, job_id: str, after: int) -> bool:
     if job.state not in FINAL or await context.store.events(job_id, after):
         return False
     log = await context.store.events(job_id, -1)
-    ended = bool(log) and log[-1].type == "finished"
-    return after >= (log[-1].number if ended else len(log))
+    if not log:  # kept no longer than the job: stock RQ ended one that nobody had begun
+        return after >= 0
+    return after >= log[-1].number + (log[-1].type != "finished")
 
 
 async def _events(context: Context, job_id: str, after: int) -> AsyncGenerator[bytes, None]:

@@ -16,7 +16,7 @@ from api.errors import IdReused
 from api.prefer import MAX_HEADER_CHARACTERS, read_prefer
 from api.schema import GenerateBody, JobId, ListQuery, PredictBody, WaitQuery
 from core.errors import InvalidField
-from core.request import Kind
+from core.request import Kind, Request
 from jobs.job import FINAL, Job, JobState
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -84,7 +84,7 @@ async def _submit(here: Context, body: GenerateBody | PredictBody, job_id: str, 
     new = body.to_new_job(job_id, request, result_ttl_seconds=here.settings.result_ttl_seconds)
     submitted = await here.store.submit(new)
     job = submitted.job
-    if not submitted.created and job.request != dataclasses.replace(request, model=_model(job, asked.model)):
+    if not submitted.created and not _same(job.request, asked):
         raise IdReused(job_id)
     preference = read_prefer(prefer, here.settings.max_wait_seconds)
     if preference.wait_seconds and job.state not in FINAL:
@@ -98,10 +98,11 @@ async def _submit(here: Context, body: GenerateBody | PredictBody, job_id: str, 
     return json_answer(await here.wire(job), 200 if done else 202, headers)
 
 
-def _model(job: Job, asked: str | None) -> str | None:
-    """The model to compare a repeat by: what the first one was given, unless this one names another."""
-    named = job.request.model
-    return named if asked is None or (named or "").casefold() == asked.casefold() else asked
+def _same(first: Request | None, again: Request) -> bool:
+    """A repeat asks for what the first one asked; the model the server chose for that one is no difference."""
+    if first is None or (again.model is not None and again.model.casefold() != (first.model or "").casefold()):
+        return False
+    return first == dataclasses.replace(again, model=first.model)
 
 
 async def _page(here: Context, query: ListQuery) -> tuple[list[Job], str | None, bool]:

@@ -1,0 +1,140 @@
+"""Event streams: complete, resumable, alive, and gone when nobody listens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx2
+import pytest
+
+from tests.api_world import events_of, finish, front, read_events, submit
+
+pytest_plugins = ("tests.api_world",)
+
+
+@pytest.fixture
+def lonely_with_heartbeats(valkey_url: str) -> Iterator[httpx2.Client]:
+    """A client of an API without a worker, with two places for streams and a quick heart."""
+    with front(valkey_url, heartbeat_seconds=0.05, max_streams=2) as client:
+        yield client
+
+
+def test_events_are_numbered_from_0_without_a_hole_and_end_with_the_whole_job(api: httpx2.Client) -> None:
+    events = events_of(api, submit(api)["id"])
+    last = events[-1]
+
+    assert [event.number for event in events] == list(range(len(events)))
+    assert [events[0].type, last.type] == ["started", "finished"]
+    assert {event.type for event in events[1:-1]} == {"token"}
+    assert last.fields["job"]["status"] == "succeeded"
+    assert last.fields["job"]["result"]["choices"][0]["token_ids"]
+
+
+def test_the_texts_of_the_tokens_joined_are_exactly_the_results_text(api: httpx2.Client) -> None:
+    *tokens, finished = events_of(api, submit(api, params={"max_tokens": 30, "stop": ["7 "]})["id"])[1:]
+    [choice] = finished.fields["job"]["result"]["choices"]
+
+    assert "".join(token.fields["text"] for token in tokens) == choice["text"]
+    assert [i for token in tokens for i in token.fields["token_ids"]] == choice["token_ids"]
+
+
+def test_a_stream_goes_on_after_any_event_as_if_never_broken(api: httpx2.Client) -> None:
+    job_id = finish(api)["id"]
+    whole = events_of(api, job_id)
+    for number in range(-1, len(whole) - 1):
+        assert (
+            events_of(api, job_id, headers={"last-event-id": str(number)} if number >= 0 else {}) == whole[number + 1 :]
+        )
+        assert events_of(api, job_id, params={"after": number}) == whole[number + 1 :]
+        assert events_of(api, job_id, params={"last_event_id": number}) == whole[number + 1 :]
+
+
+def test_the_header_of_a_reconnecting_browser_wins_over_its_query(api: httpx2.Client) -> None:
+    job_id = finish(api)["id"]
+
+    assert events_of(api, job_id, params={"after": 0}, headers={"last-event-id": "3"})[0].number == 4
+    assert events_of(api, job_id, headers={"last-event-id": "nonsense"})[0].number == 0
+
+
+def test_a_client_that_has_seen_the_end_is_told_to_stop_asking(api: httpx2.Client) -> None:
+    job_id = finish(api)["id"]
+    last = events_of(api, job_id)[-1].number
+    answer = api.get(f"/v1/jobs/{job_id}/events", headers={"last-event-id": str(last)})
+
+    assert answer.status_code == 204
+
+
+def test_no_event_has_an_error_on_top_that_clients_would_raise(api: httpx2.Client) -> None:
+    events = events_of(api, submit(api, input={"prompt": "!fail"})["id"])
+
+    assert events[-1].fields["job"]["error"]["code"] == "engine_error"
+    assert not any("error" in event.fields for event in events)
+
+
+def test_tokens_arrive_while_the_job_runs(api: httpx2.Client) -> None:
+    job = submit(api, params={"max_tokens": 200})
+    with api.stream("GET", job["urls"]["events"]) as stream:
+        events = read_events(stream.iter_lines())
+        seen = [next(events) for _ in range(3)]
+        status = api.get(job["urls"]["self"]).json()["status"]
+        rest = list(events)
+
+    assert [event.type for event in seen] == ["started", "token", "token"]
+    assert status == "running"
+    assert rest[-1].type == "finished"
+
+
+def test_two_readers_of_one_job_see_the_same(api: httpx2.Client) -> None:
+    job_id, seen = submit(api, params={"max_tokens": 50})["id"], []
+    threads = [threading.Thread(target=lambda: seen.append(events_of(api, job_id))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert len(seen) == 4
+    assert all(events == seen[0] for events in seen)
+
+
+def test_a_stream_opened_before_the_job_is_claimed_ends_with_its_cancellation(lonely: httpx2.Client) -> None:
+    job = submit(lonely)
+    with lonely.stream("GET", job["urls"]["events"]) as stream:
+        cancelled = lonely.post(job["urls"]["cancel"])
+        events = list(read_events(stream.iter_lines()))
+
+    assert cancelled.status_code == 200
+    assert [event.type for event in events] == ["finished"]
+    assert events[0].number == 0
+    assert events[0].fields["job"]["status"] == "cancelled"
+
+
+def test_heartbeats_are_comments(lonely_with_heartbeats: httpx2.Client) -> None:
+    job = submit(lonely_with_heartbeats)
+    with lonely_with_heartbeats.stream("GET", job["urls"]["events"]) as stream:
+        lines = stream.iter_lines()
+        seen = [next(lines) for _ in range(8)]
+
+    assert set(seen) == {f": job {job['id']}", ": still here", ""}
+
+
+def test_streams_are_bounded_and_a_closed_one_makes_room(lonely_with_heartbeats: httpx2.Client) -> None:
+    client, job = lonely_with_heartbeats, submit(lonely_with_heartbeats)
+    url = job["urls"]["events"]
+    with client.stream("GET", url) as first, client.stream("GET", url) as second:
+        assert (first.status_code, second.status_code) == (200, 200)
+        third = client.get(url)
+        poll = client.get(f"{job['urls']['self']}?wait=5")
+    deadline = time.monotonic() + 10
+    while True:
+        with client.stream("GET", url) as again:
+            status = again.status_code
+        if status == 200 or time.monotonic() > deadline:
+            break
+
+    assert third.status_code == 503
+    assert third.json()["error"]["code"] == "too_many_streams"
+    assert 1 <= int(third.headers["retry-after"]) <= 120
+    assert poll.status_code == 200  # a poll is answered at once instead of held
+    assert status == 200
