@@ -1,0 +1,290 @@
+"""Many jobs, one model: add, cancel, step. The heart of the core; knows no queue, no Redis and no HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal
+
+import torch
+
+from core.answer import Answer, NoText
+from core.attention import KVCache
+from core.batch import Batch, build_batch
+from core.blocks import BLOCK_TOKENS, BlockPool
+from core.errors import InvalidField, ModelRefused, PromptTooLong, UnsupportedRequest
+from core.memory import available_bytes, parse_size, usual_tokens
+from core.models.load import LoadedModel, load_model
+from core.models.source import resolve
+from core.protocol import NOTHING_EMITTED, EngineStats
+from core.request import (
+    Emitted,
+    Event,
+    FinishedEvent,
+    FinishReason,
+    Kind,
+    ModelCard,
+    Request,
+    Result,
+    TokenEvent,
+)
+from core.runners.decoder import DecoderRunner
+from core.sampler import GREEDY, Draw, Drawn, draw
+from core.scheduler import Scheduler, Slice, Step
+from core.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What one engine computes, and with how much.
+
+    Raises:
+        ValueError: naming the field and the value.
+    """
+
+    model: str = "smollm2-135m"  #: an alias, a folder or a hub name
+    revision: str = ""  #: of a hub model
+    dtype: Literal["auto", "float32", "bfloat16"] | str = "auto"
+    device: str = "auto"  #: auto, cpu, cuda or cuda:N
+    kv_memory: str = "auto"  #: of all keys and values: auto, or a size such as 2GiB
+    max_model_len: int = 0  #: prompt and answer together, in tokens; 0: as much as the model takes
+    max_running: int = 32  #: sequences computed at once
+    step_tokens: int = 256  #: the most tokens that pass through the model in one step
+    threads: int = 0  #: of torch; 0: as torch has it
+    hf_token: str = ""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype: must be auto, float32 or bfloat16, not {self.dtype!r}")
+        for name, low in (("max_model_len", 0), ("max_running", 1), ("step_tokens", 1), ("threads", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: must be at least {low}, not {getattr(self, name)!r}")
+        if self.kv_memory != "auto":
+            parse_size(self.kv_memory)
+
+
+class Engine:
+    """One loaded decoder that computes many jobs at once; see ``core.protocol.EngineProtocol``."""
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        pool = BlockPool(_slots(loaded, config))
+        self._loaded = loaded
+        self._scheduler = Scheduler(pool, max_running=config.max_running, step_tokens=config.step_tokens)
+        self._runner = DecoderRunner(loaded.model, KVCache(pool.tokens))
+        self._sequences: dict[str, Sequence] = {}
+        self.stats = EngineStats()
+        self.card = _card(loaded, config, pool.tokens)
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Engine:
+        """Fetch, load and check the model.
+
+        Raises:
+            ModelNotFound, ModelRefused: the operator's move.
+        """
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        folder = resolve(config.model, revision=config.revision, token=config.hf_token)
+        return cls(load_model(folder, name=config.model, dtype=config.dtype, device=config.device), config)
+
+    @property
+    def room(self) -> int:
+        return self._scheduler.room
+
+    @property
+    def idle(self) -> bool:
+        return not self._sequences
+
+    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
+        sequence = self._read(job_id, request)
+        if not sequence.predicts:
+            _replay(sequence, emitted)
+        self.drop(job_id)
+        self._sequences[job_id] = sequence
+        self._scheduler.add(sequence)
+
+    def cancel(self, job_id: str, reason: FinishReason = "cancelled") -> None:
+        sequence = self._sequences.get(job_id)
+        if sequence is not None and not sequence.ended:
+            sequence.answer.finish_reason = reason  # what is held back was never certain, nor shown
+
+    def drop(self, job_id: str) -> None:
+        sequence = self._sequences.pop(job_id, None)
+        if sequence is not None:
+            self._scheduler.remove(sequence)
+
+    def step(self) -> list[Event]:
+        started = time.perf_counter()
+        events = self._finish_ended()
+        step = self._scheduler.plan()
+        if step.slices:
+            batch = build_batch(step, self._loaded.device)
+            drawn = draw(self._runner.forward(batch), _draws(step, batch))
+            events += self._advance(step, batch, drawn)
+        self.stats.steps += 1
+        self.stats.step_seconds += time.perf_counter() - started
+        return events
+
+    def generate(self, requests: Iterable[Request]) -> list[Result]:
+        """Compute requests together and return their results in the same order; for use without a queue.
+
+        Raises:
+            RequestError: one of them cannot be computed; nothing has been then.
+        """
+        names = []
+        try:
+            for number, request in enumerate(requests):
+                self.add(f"generate-{number}", request)
+                names.append(f"generate-{number}")
+        except BaseException:
+            for name in names:
+                self.drop(name)
+            raise
+        results: dict[str, Result] = {}
+        while not self.idle:
+            results |= {event.job_id: event.result for event in self.step() if isinstance(event, FinishedEvent)}
+        return [results[name] for name in names]
+
+    def _read(self, job_id: str, request: Request) -> Sequence:
+        """The request as a sequence that has not begun."""
+        tokens, param = self._read_input(request)
+        limit = self.card.max_model_len
+        if not tokens:
+            raise InvalidField(param, "has no token")
+        if max(tokens) >= self.card.vocab_size:
+            raise InvalidField(param, f"must hold token ids below {self.card.vocab_size}, this model's vocabulary")
+        answer_tokens = 0 if request.kind is Kind.PREDICT else request.params.max_tokens
+        if len(tokens) + min(answer_tokens, 1) > limit:
+            raise PromptTooLong(len(tokens), limit - min(answer_tokens, 1), param)
+        tokenizer, params = self._loaded.tokenizer, request.params
+        return Sequence(
+            job_id=job_id,
+            request=request,
+            tokens=tokens,
+            prompt_tokens=len(tokens),
+            most_tokens=min(len(tokens) + answer_tokens, limit),
+            seed=_seed(job_id) if params.seed is None else params.seed,
+            answer=Answer(
+                stream=NoText() if tokenizer is None else tokenizer.stream(),
+                stop=params.stop,
+                end_ids=() if params.ignore_eos else self._loaded.end_ids,
+            ),
+        )
+
+    def _read_input(self, request: Request) -> tuple[list[int], str]:
+        """Token ids, and the field they come from."""
+        if request.token_ids is not None:
+            param = "input.token_ids" if request.kind is Kind.PREDICT else "input.prompt_token_ids"
+            return list(request.token_ids), param
+        param = "input.messages" if request.prompt is None else "input.prompt"
+        if self._loaded.tokenizer is None:
+            raise UnsupportedRequest(param, "this model has no tokenizer; send input.prompt_token_ids")
+        if request.prompt is not None:
+            return self._loaded.tokenizer.encode(request.prompt), param
+        return self._loaded.tokenizer.encode_chat(request.messages or ()), param
+
+    def _finish_ended(self) -> list[Event]:
+        """Let those go that ended between two steps: cancelled, or complete with what was emitted before."""
+        ended = [sequence for sequence in self._sequences.values() if sequence.ended]
+        return [self._finish(sequence) for sequence in ended]
+
+    def _finish(self, sequence: Sequence) -> Event:
+        self.drop(sequence.job_id)
+        return FinishedEvent(job_id=sequence.job_id, result=sequence.result())
+
+    def _advance(self, step: Step, batch: Batch, drawn: list[Drawn]) -> list[Event]:
+        """Write down what the step computed, and say what happened."""
+        events: list[Event] = []
+        rows, decoded = iter(drawn), 0
+        for piece, count in zip(step.slices, batch.row_counts, strict=True):
+            sequence, tokens = piece.sequence, [next(rows) for _ in range(count)]
+            self._count_prompt(piece)
+            sequence.computed = piece.end
+            if sequence.predicts:
+                sequence.accept_predicted([token.token_id for token in tokens])
+            elif tokens:
+                events.append(_accept(sequence, tokens[0]))
+                decoded += 1
+            if sequence.ended:
+                events.append(self._finish(sequence))
+        if decoded:
+            self.stats.generated_tokens += decoded
+            self.stats.decode_rows[decoded] = self.stats.decode_rows.get(decoded, 0) + 1
+        return events
+
+    def _count_prompt(self, piece: Slice) -> None:
+        self.stats.prompt_tokens += max(0, min(piece.end, piece.sequence.prompt_tokens) - piece.begin)
+
+
+def _accept(sequence: Sequence, token: Drawn) -> TokenEvent:
+    return TokenEvent(
+        job_id=sequence.job_id,
+        text=sequence.accept(token.token_id, token.logprob),
+        token_ids=(token.token_id,),
+        logprobs=None if token.logprob is None else (token.logprob,),
+    )
+
+
+def _replay(sequence: Sequence, emitted: Emitted) -> None:
+    """Bring a sequence to where an earlier attempt left it: its text was published already."""
+    for number, token_id in enumerate(emitted.token_ids):
+        if not sequence.ended:
+            sequence.accept(token_id, emitted.logprobs[number] if emitted.logprobs else None)
+
+
+def _draws(step: Step, batch: Batch) -> list[Draw]:
+    """How each row of the logits becomes a token."""
+    draws: list[Draw] = []
+    for piece, count in zip(step.slices, batch.row_counts, strict=True):
+        sequence = piece.sequence
+        if sequence.predicts:
+            draws += [GREEDY] * count
+        elif count:
+            position = len(sequence.tokens) - sequence.prompt_tokens
+            draws.append(Draw(sequence.request.params, sequence.seed, position))
+    return draws
+
+
+def _seed(job_id: str) -> int:
+    """A seed for a job that names none: the same for every attempt."""
+    return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8], "big")
+
+
+def _slots(loaded: LoadedModel, config: EngineConfig) -> int:
+    """How many tokens' keys and values there is memory for."""
+    limit = min(filter(None, (config.max_model_len, loaded.max_model_len)))
+    if config.kv_memory != "auto":
+        slots = parse_size(config.kv_memory) // loaded.bytes_per_token
+    else:
+        wanted = usual_tokens(config.max_running, limit) + config.max_running * BLOCK_TOKENS
+        slots = min(wanted, available_bytes(loaded.device) // loaded.bytes_per_token)
+    if slots < BLOCK_TOKENS:
+        raise ModelRefused(config.model, f"kv_memory holds {slots} tokens of it, and {BLOCK_TOKENS} are the least")
+    return slots
+
+
+def _card(loaded: LoadedModel, config: EngineConfig, slots: int) -> ModelCard:
+    tokenizer = loaded.tokenizer
+    return ModelCard(
+        name=config.model,
+        engine="torch",
+        version=_version(),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        weights=loaded.weights,
+        kinds=tuple(kind.value for kind in Kind),
+        text=tokenizer is not None,
+        chat=tokenizer is not None and tokenizer.chat,
+        max_model_len=min(filter(None, (config.max_model_len, loaded.max_model_len, slots))),
+        vocab_size=loaded.vocab_size,
+        device=str(loaded.device),
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("headrace")
+    except metadata.PackageNotFoundError:
+        return "0"  # a checkout that nobody installed

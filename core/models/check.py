@@ -1,0 +1,120 @@
+"""Does our attention compute what the model's own does? Asked once, at load, in float32. Knows no job."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.answer import Answer, NoText
+from core.attention import NAME, KVCache, Pass
+from core.batch import build_batch
+from core.blocks import Run
+from core.errors import EngineError, ModelRefused
+from core.request import Request
+from core.scheduler import Slice, Step
+from core.sequence import Sequence
+
+TOLERANCE = 1e-3  #: the largest difference of two logits that rounding explains
+_TEXT = 40  #: tokens, where the model has no window
+_COMPARED = 8  #: tokens at each slice's end: a long text times a large vocabulary would fill the memory
+
+
+@torch.inference_mode()
+def check_attention(model: Any, name: str, max_model_len: int) -> KVCache:
+    """Run the model through its own attention and through ours; leaves ours set.
+
+    Two texts share the passes, in slices and in single tokens, the longer one past any window that ``max_model_len``
+    lets a text reach.
+
+    Args:
+        model: a Transformers decoder in float32.
+
+    Returns:
+        The cache that was filled: it knows what a token costs.
+
+    Raises:
+        ModelRefused: more than TOLERANCE apart, our attention was not called, or it was asked for what we do not know.
+    """
+    long = min(max_model_len, max([_TEXT, *(window + 12 for window in windows(model.config))]))
+    texts = [_text(model, long), _text(model, min(long, _TEXT // 2))]
+    model.set_attn_implementation("eager" if long <= 1024 or _softcapped(model.config) else "sdpa")
+    expected = [_own_logits(model, text) for text in texts]
+    cache = KVCache(sum(map(len, texts)))
+    try:
+        model.set_attn_implementation(NAME)
+        difference = _compare(model, texts, expected, cache)
+    except (EngineError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelRefused(name, f"it does not run with Headrace's attention: {error}") from error
+    if not cache.layers:
+        raise ModelRefused(name, "its layers never call Headrace's attention")
+    if not difference <= TOLERANCE:  # also true of NaN
+        raise ModelRefused(name, f"with Headrace's attention its logits differ by {difference:.3g} from its own")
+    return cache
+
+
+def windows(config: Any) -> list[int]:
+    """Every length at which some layer of this model stops looking back."""
+    found = [getattr(config, field, None) for field in ("sliding_window", "attention_chunk_size")]
+    return [window for window in found if window]
+
+
+def _text(model: Any, tokens: int) -> list[int]:
+    generator = torch.Generator().manual_seed(tokens)
+    ids: list[int] = torch.randint(model.get_input_embeddings().num_embeddings, (tokens,), generator=generator).tolist()
+    return ids
+
+
+def _own_logits(model: Any, text: list[int]) -> Tensor:
+    """The model's own logits at the positions we compare; float32 [positions, vocab]."""
+    keep = [row for begin, end in _cuts(len(text)) for row in range(max(begin, end - _COMPARED), end)]
+    output = model(
+        input_ids=torch.tensor([text]),
+        position_ids=torch.arange(len(text)).unsqueeze(0),
+        use_cache=False,
+        logits_to_keep=torch.tensor(keep),
+    )
+    logits: Tensor = output.logits[0]
+    return logits
+
+
+def _compare(model: Any, texts: list[list[int]], expected: list[Tensor], cache: KVCache) -> float:
+    """The largest difference, while the texts pass through together."""
+    sequences, start = [], 0
+    for text in texts:
+        sequences.append(_sequence(text, Run(start, len(text))))
+        start += len(text)
+    rounds = list(zip(*(_cuts(len(text)) for text in texts), strict=True))
+    ours: list[list[Tensor]] = [[] for _ in texts]
+    for cuts in rounds:
+        step = Step(tuple(Slice(sequence, *cut) for sequence, cut in zip(sequences, cuts, strict=True)))
+        batch = build_batch(step, torch.device("cpu"))
+        keep = [list(range(max(span.first, span.last - _COMPARED), span.last)) for span in batch.spans]
+        batch = dataclasses.replace(batch, keep=torch.tensor(sum(keep, [])))
+        output = model(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=batch.keep,
+            headrace=Pass(batch, cache),
+        )
+        for mine, logits in zip(ours, output.logits[0].split([len(rows) for rows in keep]), strict=True):
+            mine.append(logits)
+    return max(float((torch.cat(mine) - own).abs().max()) for mine, own in zip(ours, expected, strict=True))
+
+
+def _cuts(tokens: int) -> list[tuple[int, int]]:
+    """A slice from the start, single tokens, a slice again: every way a text passes through a step."""
+    edges = [0, tokens // 2, tokens // 2 + 1, tokens // 2 + 2, tokens - 1, tokens]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def _sequence(text: list[int], run: Run) -> Sequence:
+    request = Request(token_ids=tuple(text))
+    return Sequence("check", request, text, len(text), len(text) + 1, 0, Answer(NoText()), run=run)
+
+
+def _softcapped(config: Any) -> bool:
+    return getattr(config, "attn_logit_softcapping", None) is not None

@@ -1,0 +1,79 @@
+"""One job while it is computed: tokens, and how far the model has got through them. Knows no tensor and no text rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+from core.answer import Answer
+from core.blocks import Run
+from core.request import Choice, Kind, Request, Result, TokenLogprob, Usage
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, and how far the model has got through them.
+
+    Invariant: ``0 <= computed <= len(tokens) <= most_tokens``. ``pending`` tokens still have to pass through the
+    model: many right after arrival, one per step while decoding.
+    """
+
+    job_id: str
+    request: Request
+    tokens: list[int]  #: prompt first, then everything drawn
+    prompt_tokens: int
+    most_tokens: int  #: prompt and answer together never grow past this
+    seed: int
+    answer: Answer  #: the text so far, and when it ends
+    logprobs: list[TokenLogprob] = field(default_factory=list)  #: of the drawn tokens, where the request wants them
+    predicted: list[int] = field(default_factory=list)  #: PREDICT: the likeliest next id of each computed position
+    computed: int = 0  #: leading tokens whose keys and values are in the cache
+    run: Run | None = None  #: its cache slots, once admitted
+
+    @property
+    def pending(self) -> int:
+        """Tokens the model has not seen yet."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def drawn(self) -> list[int]:
+        """The answer's token ids."""
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def predicts(self) -> bool:
+        """Wants the likeliest id at each of its positions, and no answer."""
+        return self.request.kind is Kind.PREDICT
+
+    @property
+    def ended(self) -> bool:
+        """Nothing is left to compute."""
+        return self.answer.finish_reason is not None
+
+    def accept(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
+        """Append a drawn token and return the text it releases; may set the answer's ``finish_reason``."""
+        self.tokens.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        return self.answer.push(token_id, last=len(self.tokens) >= self.most_tokens)
+
+    def accept_predicted(self, token_ids: Many[int]) -> None:
+        """Note the likeliest ids of the positions just computed."""
+        self.predicted += token_ids
+        if len(self.predicted) == self.prompt_tokens:
+            self.answer.finish_reason = "stop"
+
+    def result(self) -> Result:
+        """What is stored at the end; the sequence has ended."""
+        drawn = self.drawn
+        usage = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=len(drawn))
+        if self.predicts:
+            return Result(usage=usage, token_ids=tuple(self.predicted))
+        assert self.answer.finish_reason is not None
+        choice = Choice(
+            text=self.answer.text,
+            finish_reason=self.answer.finish_reason,
+            token_ids=tuple(drawn),
+            logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
+        )
+        return Result(usage=usage, choices=(choice,))
