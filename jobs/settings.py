@@ -47,7 +47,7 @@ class StoreSettings:
 
 
 def from_environ(cls: type[T], environ: Mapping[str, str]) -> T:
-    """Read a room's settings: field ``foo_bar`` from ``HEADRACE_FOO_BAR``, or its default where that is absent or empty.
+    """Read a room's settings: field ``foo_bar`` from ``HEADRACE_FOO_BAR``, its default where that is absent or empty.
 
     Args:
         cls: a dataclass with fields of str, int, float, bool or Path, each perhaps ``| None``.

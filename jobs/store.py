@@ -1,12 +1,22 @@
-"""The door to Redis for a worker: one connection, one thread. What it says and hears is in ``jobs.work``."""
+"""The door to Redis for a worker: one thread. What it says and hears is in ``jobs.work`` and ``jobs.reports``."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-from core.request import Emitted, Kind, ModelCard, Wire
+import redis
+
+from core.request import Emitted, Kind, ModelCard, TokenLogprob, Wire
+from jobs import commands, keys, rows
+from jobs.arrivals import read_claim
+from jobs.connection import connect, explain, judge
+from jobs.dependents import release_dependents
+from jobs.durable import WAIT_FOR_DISK, check_on_disk
 from jobs.job import Job, JobState, NewJob
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
+from jobs.runner import Runner
+from jobs.scripting import Command
 from jobs.settings import StoreSettings
 from jobs.work import Beat, Claim, ClaimedJob, Outcome, Publication, ReapReport, Reported, Settlement
 
@@ -15,102 +25,259 @@ __all__ = [
     "ServerReport", "Settlement", "Store", "Submitted", "WorkerCard",
 ]  # fmt: skip
 
+MOST_ROUNDS = 20  #: calls of one tick, each of bounded work
+
 
 class Store:
-    """Signatures first; filled within minutes. Every call may raise StoreUnavailable."""
+    """Every operation, for one thread. Each may raise StoreUnavailable; calling it again is harmless."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        """Take ``settings.redis_url``; nothing is sent yet."""
+        self._settings = settings
+        self._runner = Runner(connect(settings.redis_url), settings.result_ttl_seconds)
+        self._waiting = connect(settings.redis_url, blocking=True)
+        self._card: WorkerCard | None = None
 
     @classmethod
     def connect(cls, settings: StoreSettings) -> Store:
-        """Open ``settings.redis_url``; nothing is sent yet."""
-        raise NotImplementedError
+        return cls(settings)
 
-    def close(self) -> None: ...
+    @property
+    def connection(self) -> redis.Redis:
+        """The client: bytes out, no retries."""
+        return self._runner.client
+
+    def close(self) -> None:
+        self._runner.client.close()
+        self._waiting.close()
 
     def inspect(self) -> ServerReport:
-        """Raises UnsafeServer, StoreUnavailable."""
-        raise NotImplementedError
+        """Look at the server, and give it our scripts.
+
+        Raises:
+            UnsafeServer: it cannot keep ``settings.durability``.
+        """
+        try:
+            info = self._runner.client.info()
+            report = judge(info, self._fsync(), self._settings)
+            self._runner.load()
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
+        return report
+
+    # -- what anybody may do
 
     def submit(self, job: NewJob) -> Submitted:
-        """Raises QueueFull, NotDurable."""
-        raise NotImplementedError
+        """Create a job, or find the one that has its id.
+
+        Raises:
+            QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
+        """
+        command = commands.submit(job, self._settings)
+        if self._settings.durability == "memory":
+            return self._runner.run(command)
+        answer, synced = self._runner.answers([command], WAIT_FOR_DISK)
+        submitted = command.decode(answer)
+        check_on_disk(synced)
+        return submitted
 
     def get(self, job_id: str) -> Job:
         """Raises JobNotFound."""
-        raise NotImplementedError
+        row = self._runner.run(commands.get(job_id))
+        if row.stale:
+            self._runner.run(commands.reindex([job_id]))
+            row = self._runner.run(commands.get(job_id))
+        return row.job
 
     def list(
-        self, *, states: Collection[JobState] = (), kinds: Collection[Kind] = (), after: str | None = None, limit: int = 20
+        self,
+        *,
+        states: Collection[JobState] = (),
+        kinds: Collection[Kind] = (),
+        after: str | None = None,
+        limit: int = 20,
     ) -> list[Job]:
-        raise NotImplementedError
+        """Jobs, newest first, of these states and kinds (all where none is given), behind the job ``after``.
+
+        Raises:
+            JobNotFound: ``after`` is unknown.
+        """
+        command = commands.page(states, kinds, after, limit)
+        jobs, stale = self._runner.run(command)
+        while stale:
+            self._runner.run(commands.reindex(stale))
+            jobs, stale = self._runner.run(command)
+        return jobs
 
     def cancel(self, job_id: str) -> Job:
-        raise NotImplementedError
+        """End a queued job; ask the worker of a running one to. Raises JobNotFound; JobConflict when it has ended."""
+        return self._runner.run(commands.cancel(job_id))
 
     def retry(self, job_id: str) -> Job:
-        raise NotImplementedError
+        """Queue a failed job again, from its beginning. Raises JobNotFound, JobConflict."""
+        return self._runner.run(commands.retry(job_id))
 
     def delete(self, job_id: str) -> None:
-        raise NotImplementedError
+        """Forget an ended job. Raises JobNotFound; JobConflict when it has not ended."""
+        self._runner.run(commands.delete(job_id))
 
     def events(self, job_id: str, after: int = -1) -> Sequence[LoggedEvent]:
-        raise NotImplementedError
+        """The log behind event ``after``; empty for an unknown job."""
+        return self._runner.run(commands.events(job_id, after))
 
     def workers(self) -> Sequence[WorkerCard]:
-        raise NotImplementedError
+        """Those with a live lease."""
+        return self._runner.run(commands.workers())
 
     def models(self) -> Sequence[ModelCard]:
-        """Of live workers."""
-        raise NotImplementedError
+        """Of live workers, one a name."""
+        return [*{card.model.name: card.model for card in self.workers() if card.model}.values()]
 
     def known(self) -> Sequence[ModelCard]:
-        """Of workers ever seen."""
-        raise NotImplementedError
+        """Of all workers there ever were, one a name."""
+        return self._runner.run(commands.known_models())
 
     def queue(self) -> QueueReport:
-        raise NotImplementedError
+        """Counts and speed."""
+        return self._runner.run(commands.queue())
 
-    # -- a worker's own
+    # -- what a worker does
+
     def birth(self, card: WorkerCard) -> None:
-        """Take a lease and show the card. Again with another card: the card is replaced."""
-        raise NotImplementedError
+        """Take a lease and show the card; again with another card, the card is replaced."""
+        self._card = card
+        self._runner.run(commands.birth(card, self._settings))
 
     def renew(self, worker: str, state: str, running: Mapping[str, int], stats: Wire) -> Beat:
-        """Args: running: job id -> attempt of every job it knows of, unsent settlements included."""
-        raise NotImplementedError
+        """Renew the lease, and hear what became of our jobs.
+
+        Args:
+            running: job id -> attempt of every job this worker knows, those with unsent settlements included.
+        """
+        return self._runner.run(commands.renew(worker, state, running, stats, self._card, self._settings))
 
     def death(self, worker: str) -> None:
-        raise NotImplementedError
+        """Give the lease up; release the jobs first."""
+        self._runner.run(commands.death(worker))
 
     def claim(self, worker: str, card: ModelCard, room: int, running: int) -> Claim:
-        """Nothing while suspended (``rq suspend``) or without a lease (``birth`` first)."""
-        raise NotImplementedError
+        """Take up to ``room`` jobs that this model can compute, by one atomic script.
+
+        Nothing while ``rq suspend`` holds, or without a lease (``birth`` first).
+
+        Args:
+            running: how many jobs the worker has; an empty one takes suspects first.
+        """
+        answer = self._runner.run(commands.claim(worker, card, room, running))
+        claim, adoptions = read_claim(answer, card, self._is_known)
+        if adoptions:
+            self._runner.answers(adoptions)
+        return claim
 
     def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
-        """One pipeline; calling it again after a lost reply is harmless."""
-        raise NotImplementedError
+        """Write events and ends in one pipeline, the events of a job before its end."""
+        logged = {each.job_id: each.first + len(each.events) for each in publications}
+        batch: list[Command[int]] = [commands.publish(each) for each in publications]
+        batch += [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
+        ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
+        answers = self._runner.answers(batch) if batch else []
+        early = [i for i, answer in enumerate(answers) if answer == commands.TOO_EARLY]
+        if early:  # its events came after it: the server had lost one script and not the other
+            for i, answer in zip(early, self._runner.answers([batch[i] for i in early]), strict=True):
+                answers[i] = answer
+        told: dict[int, list[str]] = {}
+        for job_id, answer in zip(ids, answers, strict=True):
+            told.setdefault(answer, []).append(job_id)
+        with_dependents = tuple(told.get(commands.HAS_DEPENDENTS, ()))
+        if with_dependents:
+            self._release_dependents()
+        return Reported(
+            refused=frozenset(told.get(commands.REFUSED, ())),
+            cancels=frozenset(told.get(commands.CANCEL_WANTED, ())),
+            with_dependents=with_dependents,
+        )
 
     def release(self, jobs: Iterable[tuple[str, int]]) -> None:
-        """Hand jobs (id, attempt) back to the front of the queue, in their order, with their tokens."""
-        raise NotImplementedError
+        """Hand jobs (id, attempt) back to the front of the queue, with their tokens; the first one ends up first."""
+        batch = [commands.release(*job) for job in jobs]
+        if batch:
+            self._runner.answers(batch[::-1])
 
     def reap(self) -> ReapReport:
-        raise NotImplementedError
-
-    def expire(self) -> int:
-        """End queued jobs whose deadline passed, forget those whose retention is over; how many."""
-        raise NotImplementedError
-
-    def promote(self) -> int:
-        raise NotImplementedError
+        """Take jobs from dead workers: a lease found over is marked, and swept after the grace."""
+        return self._reap("")
 
     def expire_lease(self, worker: str) -> ReapReport:
-        """For the parent that saw the worker's process die: its jobs go on at once."""
-        raise NotImplementedError
+        """Take the jobs of a worker whose process is known to be dead, at once."""
+        return self._reap(worker)
+
+    def expire(self) -> int:
+        """End queued jobs whose deadline has passed, forget ended ones whose time is over; how many."""
+        return self._rounds(commands.expire())
+
+    def promote(self) -> int:
+        """Queue scheduled jobs that are due, and release what waits for ended ones; how many were due."""
+        promoted = self._rounds(commands.promote())
+        self._release_dependents()
+        return promoted
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Block until a job may be there to claim, on a connection of its own; False when the time was over."""
-        raise NotImplementedError
+        """Block until a job may be there, on a connection of its own; False when the time was over."""
+        model = self._card.model.name.lower() if self._card and self._card.model else ""
+        lists = [f"{keys.WAKE}.{model}", keys.WAKE]
+        try:
+            return self._waiting.blpop(lists, timeout=max(timeout_seconds, 0.01)) is not None  # 0 would be for ever
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
 
     def emitted(self, job_id: str) -> tuple[Emitted, str | None]:
-        """What earlier attempts published, and the ``ModelCard.identity`` of the engine that began."""
-        raise NotImplementedError
+        """What earlier attempts published of the first choice, and the identity of the engine that began."""
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        began: str | None = None
+        for event in self.events(job_id):
+            if event.type == "started" and began is None:
+                began = rows.read_identity(event.fields["engine"])
+            elif event.type == "token" and event.fields["index"] == 0:
+                token_ids += event.fields["token_ids"]
+                logprobs += [TokenLogprob.from_wire(each) for each in event.fields.get("logprobs", ())]
+        return Emitted(token_ids=tuple(token_ids), logprobs=tuple(logprobs)), began
+
+    def _fsync(self) -> str:
+        try:
+            found: Any = self._runner.client.config_get("appendfsync")
+        except redis.exceptions.NoPermissionError:
+            return "unknown"
+        return str(found.get("appendfsync", "unknown"))
+
+    def _is_known(self, model: str) -> bool:
+        return any(card.name.lower() == model.lower() for card in self.known())
+
+    def _release_dependents(self) -> None:
+        try:
+            release_dependents(self._runner.client)
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
+
+    def _rounds(self, command: Command[tuple[int, bool]]) -> int:
+        total = 0
+        for _ in range(MOST_ROUNDS):
+            count, more = self._runner.run(command)
+            total += count
+            if not more:
+                break
+        return total
+
+    def _reap(self, buried: str) -> ReapReport:
+        reports: list[ReapReport] = []
+        for _ in range(MOST_ROUNDS):
+            report, more = self._runner.run(commands.reap(self._settings, buried))
+            reports.append(report)
+            if not more:
+                break
+        return ReapReport(
+            requeued=sum(each.requeued for each in reports),
+            ended=sum(each.ended for each in reports),
+            dead=tuple(job_id for each in reports for job_id in each.dead),
+            workers=tuple(name for each in reports for name in each.workers),
+        )

@@ -1,0 +1,205 @@
+"""The door to Redis for the API: one event loop, many callers at once, few pipelines."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Collection
+from typing import Any, TypeAlias
+
+import redis
+import redis.asyncio
+
+from core.request import Kind, ModelCard
+from jobs import commands
+from jobs.connection import connect_async, explain, judge
+from jobs.durable import WAIT_FOR_DISK, check_on_disk
+from jobs.job import FINAL, Job, JobState, NewJob
+from jobs.lane import Lane
+from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
+from jobs.rows import Row
+from jobs.runner import AsyncRunner
+from jobs.settings import StoreSettings
+from jobs.watch import Inbox, Watcher
+
+#: ``list`` is the name of an operation below.
+Jobs: TypeAlias = list[Job]
+Events: TypeAlias = list[LoggedEvent]
+Workers: TypeAlias = list[WorkerCard]
+Models: TypeAlias = list[ModelCard]
+
+LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have ended it without an event
+
+
+class AsyncStore:
+    """The operations the API needs, as ``Store`` has them. Each may raise StoreUnavailable."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        """Take ``settings.redis_url``; nothing is sent yet."""
+        url, keep = settings.redis_url, settings.result_ttl_seconds
+        self._settings = settings
+        self._runner = AsyncRunner(connect_async(url), keep)
+        self._submitting = AsyncRunner(connect_async(url), keep)  # its own: WAITAOF waits for this connection's writes
+        safe = settings.durability == "fsync"
+        self._submits = Lane(self._submitting, WAIT_FOR_DISK, check_on_disk) if safe else Lane(self._submitting)
+        self._reads = Lane(self._runner)
+        self._watcher = Watcher(connect_async(url, blocking=True), self._runner.client)
+
+    @classmethod
+    def connect(cls, settings: StoreSettings) -> AsyncStore:
+        return cls(settings)
+
+    async def close(self) -> None:
+        """End every watch and every connection."""
+        await self._watcher.close()
+        await self._submits.close()
+        await self._reads.close()
+        await self._submitting.client.aclose()
+        await self._runner.client.aclose()
+
+    async def inspect(self) -> ServerReport:
+        """Look at the server. Raises UnsafeServer: it cannot keep ``settings.durability``."""
+        try:
+            info: dict[str, Any] = await self._runner.client.info()
+            return judge(info, await self._fsync(), self._settings)
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
+
+    async def submit(self, job: NewJob) -> Submitted:
+        """Create a job, or find the one that has its id; with durability "fsync" it is on disk then.
+
+        Raises:
+            QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
+        """
+        return await self._submits.run(commands.submit(job, self._settings))
+
+    async def get(self, job_id: str) -> Job:
+        """Raises JobNotFound."""
+        return (await self._row(job_id)).job
+
+    async def list(
+        self,
+        *,
+        states: Collection[JobState] = (),
+        kinds: Collection[Kind] = (),
+        after: str | None = None,
+        limit: int = 20,
+    ) -> Jobs:
+        """Jobs, newest first, of these states and kinds (all where none is given), behind the job ``after``.
+
+        Raises:
+            JobNotFound: ``after`` is unknown.
+        """
+        command = commands.page(states, kinds, after, limit)
+        jobs, stale = await self._runner.run(command)
+        while stale:
+            await self._runner.run(commands.reindex(stale))
+            jobs, stale = await self._runner.run(command)
+        return jobs
+
+    async def cancel(self, job_id: str) -> Job:
+        """End a queued job; ask the worker of a running one to. Raises JobNotFound; JobConflict when it has ended."""
+        return await self._reads.run(commands.cancel(job_id))
+
+    async def retry(self, job_id: str) -> Job:
+        """Queue a failed job again, from its beginning. Raises JobNotFound, JobConflict."""
+        return await self._reads.run(commands.retry(job_id))
+
+    async def delete(self, job_id: str) -> None:
+        """Forget an ended job. Raises JobNotFound; JobConflict when it has not ended."""
+        await self._reads.run(commands.delete(job_id))
+
+    async def events(self, job_id: str, after: int = -1) -> Events:
+        """The log behind event ``after``; empty for an unknown job."""
+        return await self._reads.run(commands.events(job_id, after))
+
+    async def workers(self) -> Workers:
+        """Those with a live lease."""
+        return await self._reads.run(commands.workers())
+
+    async def models(self) -> Models:
+        """Of live workers, one a name."""
+        return [*{card.model.name: card.model for card in await self.workers() if card.model}.values()]
+
+    async def known(self) -> Models:
+        """Of all workers there ever were, one a name."""
+        return await self._reads.run(commands.known_models())
+
+    async def queue(self) -> QueueReport:
+        """Counts and speed."""
+        return await self._reads.run(commands.queue())
+
+    async def watch(self, job_id: str, after: int = -1) -> AsyncGenerator[Events, None]:
+        """The log behind event ``after`` as it grows, in order, none twice; ends with the job.
+
+        A job that stock RQ ended may end without a ``finished`` event.
+
+        Raises:
+            JobNotFound: unknown, or forgotten meanwhile.
+        """
+        with self._watcher.follow(job_id, after) as inbox:
+            row = await self._row(job_id)
+            last = after
+            events = await self.events(job_id, last)
+            while True:
+                if events:
+                    last = events[-1].number
+                    yield events
+                    if events[-1].type == "finished":
+                        return
+                if row.job.state in FINAL and last + 1 >= row.events:
+                    return
+                events = await self._next(inbox, job_id, last)
+                if not events:
+                    row = await self._row(job_id)
+                    events = await self.events(job_id, last)
+
+    async def wait(self, job_id: str, timeout_seconds: float) -> Job:
+        """The job, once it has ended or the time is over. Raises JobNotFound."""
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        row = await self._row(job_id)
+        if row.job.state in FINAL or timeout_seconds <= 0:
+            return row.job
+        with self._watcher.follow(job_id, row.events - 1) as inbox:
+            while True:
+                row = await self._row(job_id)
+                left = deadline - asyncio.get_running_loop().time()
+                if row.job.state in FINAL or left <= 0:
+                    return row.job
+                await _until_finished(inbox, min(left, LOOK_SECONDS))
+
+    async def _row(self, job_id: str) -> Row:
+        row = await self._reads.run(commands.get(job_id))
+        if row.stale:
+            await self._runner.run(commands.reindex([job_id]))
+            row = await self._reads.run(commands.get(job_id))
+        return row
+
+    async def _next(self, inbox: Inbox, job_id: str, last: int) -> Events:
+        """The events behind ``last`` that come within LOOK_SECONDS."""
+        try:
+            told = await asyncio.wait_for(inbox.get(), LOOK_SECONDS)
+        except TimeoutError:
+            return []
+        while not inbox.empty():
+            told = told + inbox.get_nowait()
+        events = [event for event in told if event.number > last]
+        if events and events[0].number > last + 1:  # another follower was ahead of us when we joined
+            return await self.events(job_id, last)
+        return events
+
+    async def _fsync(self) -> str:
+        try:
+            found: Any = await self._runner.client.config_get("appendfsync")
+        except redis.exceptions.NoPermissionError:
+            return "unknown"
+        return str(found.get("appendfsync", "unknown"))
+
+
+async def _until_finished(inbox: Inbox, seconds: float) -> None:
+    """Return once ``finished`` has come, or the time is over."""
+    try:
+        async with asyncio.timeout(seconds):
+            while not any(event.type == "finished" for event in await inbox.get()):
+                pass
+    except TimeoutError:
+        return

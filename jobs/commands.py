@@ -1,0 +1,225 @@
+"""Every operation as a value: which script, with which arguments, and how its answer reads. Knows no connection."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import itertools
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from core.errors import JobConflict, JobNotFound, QueueFull
+from core.request import Kind, ModelCard, Wire
+from jobs import rows
+from jobs.job import LABELS, QUEUE, Job, JobState, NewJob
+from jobs.reports import LoggedEvent, QueueReport, Submitted, WorkerCard
+from jobs.rows import Row
+from jobs.scripting import Command, pack_exc
+from jobs.settings import StoreSettings
+from jobs.work import Beat, Publication, ReapReport, Settlement
+
+REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, TOO_EARLY = 0, 1, 2, 3, 4, -1
+LOOKS = 512  #: ids one claim may look at
+SWEEP = 500  #: jobs one call of expire, promote or reap may move
+
+
+def submit(job: NewJob, settings: StoreSettings) -> Command[Submitted]:
+    """Create a job; its decoding raises QueueFull."""
+    kind, model = job.request.kind, job.request.model or ""
+    deadline = "" if job.deadline_seconds is None else round(job.deadline_seconds * 1000)
+    fields: list[Any] = ["origin", QUEUE, "description", LABELS[kind], "timeout", -1]
+    fields += ["result_ttl", job.result_ttl_seconds, "failure_ttl", job.result_ttl_seconds]
+    if job.metadata:
+        fields += ["metadata", json.dumps(dict(job.metadata))]
+
+    def decode(answer: Any) -> Submitted:
+        code, found, *rest = answer
+        if code < 0:
+            raise QueueFull(found, settings.max_queued, rest[0])
+        request = job.request if code else rows.read_asked(rest[0])
+        return Submitted(job=_job(found, job.id, request=request), created=code == 1)
+
+    data = rows.pack_request(job.request)
+    return Command("submit", [job.id, kind.value, model, deadline, settings.max_queued, data, *fields], decode)
+
+
+def get(job_id: str) -> Command[Row]:
+    """Read a job; its decoding raises JobNotFound."""
+    return Command("get", [job_id], lambda answer: _row(answer, job_id))
+
+
+def page(
+    states: Collection[JobState], kinds: Collection[Kind], after: str | None, limit: int
+) -> Command[tuple[list[Job], list[str]]]:
+    """Read jobs, newest first, and the ids whose index entries are stale; its decoding raises JobNotFound for after."""
+    merged = [f"{kind}:{state}" for kind in (kinds or Kind) for state in (states or JobState)]
+
+    def decode(answer: Any) -> tuple[list[Job], list[str]]:
+        if not answer[0]:
+            raise JobNotFound(after or "")
+        return [_job(row, "") for row in answer[1]], [job_id.decode() for job_id in answer[2]]
+
+    return Command("list", [after or "", limit, *merged], decode)
+
+
+def reindex(job_ids: Iterable[str]) -> Command[int]:
+    """Let the index, the log and the retention learn what stock RQ did to these jobs."""
+    return Command("reindex", list(job_ids), int)
+
+
+def cancel(job_id: str) -> Command[Job]:
+    """Its decoding raises JobNotFound, JobConflict."""
+    return _move("cancel", job_id, "has ended already: {state}")
+
+
+def retry(job_id: str) -> Command[Job]:
+    """Its decoding raises JobNotFound, JobConflict."""
+    return _move("retry", job_id, "is {state}; only a failed job can be retried")
+
+
+def delete(job_id: str) -> Command[None]:
+    """Its decoding raises JobNotFound, JobConflict."""
+
+    def decode(answer: Any) -> None:
+        _moved(answer, job_id, "is {state}; cancel it first")
+
+    return Command("delete", [job_id], decode)
+
+
+def events(job_id: str, after: int) -> Command[list[LoggedEvent]]:
+    """Read the log from event ``after + 1`` on."""
+    return Command("log", [job_id, after + 1], lambda answer: [rows.read_event(entry) for entry in answer])
+
+
+def workers() -> Command[list[WorkerCard]]:
+    return Command("workers", [], lambda answer: [rows.read_card(row) for row in answer])
+
+
+def known_models() -> Command[list[ModelCard]]:
+    return Command("models", [], lambda answer: [ModelCard.from_wire(json.loads(card)) for card in answer])
+
+
+def queue() -> Command[QueueReport]:
+    def decode(answer: Any) -> QueueReport:
+        states = dict(zip(JobState, answer[2:], strict=True))
+        return QueueReport(states=states, completions_per_second=float(answer[0]), suspects=answer[1])
+
+    return Command("queue", [], decode)
+
+
+def birth(card: WorkerCard, settings: StoreSettings) -> Command[int]:
+    name, model = ("", "") if card.model is None else (card.model.name, json.dumps(card.model.to_wire()))
+    return Command("birth", [card.name, _ms(settings.lease_seconds), rows.pack_card(card), name, model], int)
+
+
+def renew(
+    worker: str, state: str, running: Mapping[str, int], stats: Wire, card: WorkerCard | None, settings: StoreSettings
+) -> Command[Beat]:
+    def decode(answer: Any) -> Beat:
+        lost, cancels, suspended, unknown = answer
+        return Beat(
+            lost=tuple(job_id.decode() for job_id in lost),
+            cancels=tuple(job_id.decode() for job_id in cancels),
+            suspended=bool(suspended),
+            unknown=tuple(_member(member) for member in unknown),
+        )
+
+    members = [f"{job_id}:{attempt}" for job_id, attempt in running.items()]
+    shown = rows.pack_card(card) if card else ""
+    args = [worker, _ms(settings.lease_seconds), state, json.dumps(stats), shown, *members]
+    return Command("renew", args, decode)
+
+
+def death(worker: str) -> Command[int]:
+    return Command("death", [worker], int)
+
+
+def claim(worker: str, card: ModelCard, room: int, running: int) -> Command[list[Any]]:
+    """Take jobs; the raw answer, because what stock RQ put in has to be read and adopted first."""
+    return Command("claim", [worker, room, running, card.name, rows.pack_engine(card), LOOKS], list)
+
+
+def adopt(job_id: str, attempt: int, kind: Kind, model: str, created: int, *, route: bool) -> Command[int]:
+    return Command("adopt", [job_id, attempt, kind.value, model, created, int(route)], int)
+
+
+def publish(publication: Publication) -> Command[int]:
+    packed = itertools.chain.from_iterable(map(rows.pack_event, publication.events))
+    return Command("publish", [publication.job_id, publication.attempt, publication.first, *packed], int)
+
+
+def settle(settlement: Settlement, events_before: int) -> Command[int]:
+    """End an attempt.
+
+    Args:
+        events_before: how many events the log must hold by then; 0 when this report publishes none.
+    """
+    value = error = exc = ""
+    if settlement.result is not None:
+        value = base64.b64encode(json.dumps(settlement.result.to_wire()).encode()).decode()
+    if settlement.error is not None:
+        error = rows.pack_error(settlement.error)
+        exc = pack_exc(settlement.traceback or f"{type(settlement.error).__name__}: {settlement.error}")
+    args = [settlement.job_id, settlement.attempt, settlement.outcome.value, events_before]
+    return Command("settle", [*args, int(settlement.permanent), value, error, exc], int)
+
+
+def release(job_id: str, attempt: int) -> Command[int]:
+    return Command("release", [job_id, attempt], int)
+
+
+def reap(settings: StoreSettings, buried: str = "") -> Command[tuple[ReapReport, bool]]:
+    """Take jobs from dead workers; also whether there is more to do."""
+
+    def decode(answer: Any) -> tuple[ReapReport, bool]:
+        requeued, ended, dead, gone, more = answer
+        names, ids = tuple(name.decode() for name in gone), tuple(job_id.decode() for job_id in dead)
+        return ReapReport(requeued=requeued, ended=ended, dead=ids, workers=names), bool(more)
+
+    return Command("reap", [_ms(settings.grace_seconds), SWEEP, buried], decode)
+
+
+def expire() -> Command[tuple[int, bool]]:
+    """End and forget; how many, and whether there is more to do."""
+    return Command("expire", [SWEEP], lambda answer: (answer[0] + answer[1], bool(answer[2])))
+
+
+def promote() -> Command[tuple[int, bool]]:
+    return Command("promote", [SWEEP], lambda answer: (answer[0], bool(answer[1])))
+
+
+def _move(name: str, job_id: str, problem: str) -> Command[Job]:
+    return Command(name, [job_id], lambda answer: _moved(answer, job_id, problem))
+
+
+def _moved(answer: Any, job_id: str, problem: str) -> Any:
+    """The job after its move; raises JobNotFound for 0, JobConflict for -1."""
+    code, *rest = answer
+    if code == 0:
+        raise JobNotFound(job_id)
+    job = _job(rest[0], job_id) if rest else None
+    if code < 0 and job is not None:
+        raise JobConflict(job_id, problem.format(state=job.state.value))
+    return job
+
+
+def _row(answer: Any, job_id: str) -> Row:
+    row = rows.read_row(answer)
+    if row is None:
+        raise JobNotFound(job_id)
+    return row
+
+
+def _job(answer: Any, job_id: str, **changes: Any) -> Job:
+    job = _row(answer, job_id).job
+    return dataclasses.replace(job, **changes) if changes else job
+
+
+def _member(member: bytes) -> tuple[str, int]:
+    job_id, _, attempt = member.decode().rpartition(":")
+    return job_id, int(attempt)
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)

@@ -1,0 +1,57 @@
+"""Every Redis key, named once; the scripts get this list as their table ``K``. Knows no command.
+
+rq:...         RQ's own, exactly as RQ 3.0.0 writes them: ``rq info``, dashboards and ``Job.fetch`` read them
+headrace:...   ours
+…:             a prefix; an id, a name or a number follows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jobs.job import QUEUE
+
+# -- RQ's
+QUEUES = "rq:queues"  #: set of queue keys
+READY = f"rq:queue:{QUEUE}"  #: list of ids; those of ended jobs stay until a claim drops them
+SUSPECTS = f"rq:queue:{QUEUE}.suspects"  #: list of ids that run alone first
+MODEL_READY = f"rq:queue:{QUEUE}."  #: + model: list of ids that wait for a worker with that model
+JOB = "rq:job:"  #: + id: hash, RQ's fields and ours
+RESULTS = "rq:results:"  #: + id: stream, one entry per ended attempt
+WIP = f"rq:wip:{QUEUE}"  #: zset of id:attempt that run; its scores lie far in the future
+EXECUTIONS = "rq:executions:"  #: + id: zset of the one attempt that runs
+EXECUTION = "rq:execution:"  #: + id:attempt: hash
+FINISHED = f"rq:finished:{QUEUE}"  #: zset of ids by expiry
+FAILED = f"rq:failed:{QUEUE}"
+CANCELED = f"rq:canceled:{QUEUE}"
+SCHEDULED = f"rq:scheduled:{QUEUE}"  #: zset of ids by the second they are due
+DEFERRED = f"rq:deferred:{QUEUE}"
+SUSPENDED = "rq:suspended"  #: exists while ``rq suspend`` holds
+PUBSUB = "rq:pubsub:"  #: + worker: channel of RQ's commands
+RQ_WORKER = "rq:worker:"  #: + worker: hash that RQ's registration keeps; + worker:executions: set of id:attempt
+RQ_WORKERS = "rq:workers"  #: set of RQ_WORKER keys
+QUEUE_WORKERS = f"rq:workers:{QUEUE}"
+
+# -- ours
+EVENTS = "headrace:events:"  #: + id: stream; event n is entry <n+1>-0
+INDEX = "headrace:index:"  #: + kind:state: zset of ids by creation (microseconds); a job is in exactly one
+LEASES = "headrace:leases"  #: zset of workers by the end of their lease (milliseconds); 0: seen dead
+MARKS = "headrace:marks"  #: zset of workers by the time their lease was first found over
+HELD = "headrace:held:"  #: + worker: set of id:attempt it runs; RQ's own such set may expire, this one does not
+CARD = "headrace:worker:"  #: + worker: hash, what /v1/workers shows
+MODELS = "headrace:models"  #: hash name -> card, of every model ever served
+DEADLINES = "headrace:deadlines"  #: zset of queued ids by deadline (milliseconds)
+RETENTION = "headrace:retention"  #: zset of ended ids by the time they are forgotten (milliseconds)
+WAKE = f"headrace:wake:{QUEUE}"  #: list, a token for each job that became ready; + .model: the same for one model
+TICKETS = "headrace:tickets"  #: how many jobs ever joined the queue
+PASSED = "headrace:passed"  #: how many of those have left it, about: ticket - passed is a position
+HOLD = "headrace:hold"  #: the worker that empties itself for a suspect
+WATCHERS = "headrace:watch:"  #: + random: stream that wakes one process' blocked reader
+RATE = "headrace:rate:"  #: + tens of seconds: jobs that ended then
+REPEATS = "headrace:repeats"  #: counts repeated submissions: WAITAOF waits for its own connection's writes only
+DEPENDENTS = "headrace:dependents"  #: set of ended ids whose dependents RQ's own code has yet to release
+
+
+def table() -> Mapping[str, str]:
+    """Name in lower case -> key."""
+    return {name.lower(): value for name, value in globals().items() if name.isupper() and name != "QUEUE"}

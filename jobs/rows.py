@@ -1,0 +1,243 @@
+"""From what Redis holds to our own values, and back. Knows no command."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from core.errors import HeadraceError, InvalidField, UnsupportedRequest
+from core.request import Kind, ModelCard, Request, TokenEvent, TokenLogprob, Wire
+from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState
+from jobs.reports import LoggedEvent, WorkerCard
+from jobs.scripting import SEEN
+
+STATES: Mapping[str, JobState] = {
+    "started": JobState.RUNNING,
+    "finished": JobState.SUCCEEDED,
+    "failed": JobState.FAILED,
+    "canceled": JobState.CANCELLED,
+    "stopped": JobState.CANCELLED,
+}  #: RQ's status -> ours; what is not here waits: queued, scheduled, deferred, rate_limited …
+EXPIRED_REASON = "deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A job as read, and what only the store needs of it."""
+
+    job: Job
+    events: int  #: how many were ever logged
+    stale: bool  #: stock RQ moved it: the index has to learn of it
+
+
+def read_row(row: Sequence[Any] | None) -> Row | None:
+    """Decode what ``common.lua``'s ``read`` answers; None for an unknown id."""
+    if row is None:
+        return None
+    raw = dict(zip(SEEN, row, strict=False))
+    result, passed, job_id = row[len(SEEN) :]
+    reason = _text(raw["reason"])
+    state = STATES.get(_text(raw["status"]) or "", JobState.QUEUED)
+    if state is JobState.FAILED and reason == EXPIRED_REASON:
+        state = JobState.EXPIRED
+    over = state in FINAL
+    entry = _pairs(result)
+    job = Job(
+        id=job_id.decode(),
+        state=state,
+        kind=Kind(_text(raw["kind"]) or Kind.GENERATE),
+        model=_text(raw["model"]) or None,
+        created_at=_moment(raw["created_at"]) or 0.0,
+        started_at=_moment(raw["started_at"]),
+        first_token_at=_seconds(raw["first_token_at"]),
+        finished_at=_moment(raw["ended_at"]) if over else None,
+        expires_at=_seconds(raw["expires_at"]) if over else None,
+        deadline_at=_seconds(raw["deadline_at"]),
+        attempt=int(raw["attempt"] or 0),
+        crashes=int(raw["crashes"] or 0),
+        worker=_text(raw["worker_name"]) or None,
+        tokens_generated=int(raw["tokens"] or 0),
+        cancel_requested=raw["cancel_requested"] is not None,
+        queue_position=_position(raw["ticket"], passed) if state is JobState.QUEUED else None,
+        result=_read_result(entry) if over else None,
+        error=_read_error(raw["error"], entry) if state is JobState.FAILED else None,
+        reason=reason if over else None,
+        metadata=json.loads(raw["metadata"] or b"{}"),
+        result_ttl_seconds=int(raw["result_ttl"] or 86_400),
+    )
+    stale = _text(raw["place"]) != state or (over and raw["closed"] is None)
+    return Row(job, int(raw["events"] or 0), stale)
+
+
+def pack_request(request: Request) -> bytes:
+    """RQ's ``data`` of a job: what ``Queue.enqueue(label, wire)`` with RQ's JSON serializer makes."""
+    return zlib.compress(json.dumps([LABELS[request.kind], None, [request.to_wire()], {}]).encode())
+
+
+def read_request(data: bytes) -> Request:
+    """What a job asks for. The function's name is looked up, never imported.
+
+    Raises:
+        HeadraceError: RequestError, or whatever else makes it no job of ours.
+    """
+    try:
+        name, instance, args, kwargs = json.loads(_inflate(data))
+    except (ValueError, TypeError, zlib.error):
+        raise UnsupportedRequest("data", "must be written by rq.serializers.JSONSerializer") from None
+    kind = FUNCTIONS.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise UnsupportedRequest("function", f"must be one of {', '.join(FUNCTIONS)}, not {name!r:.80}")
+    if instance is not None or kwargs or not isinstance(args, list) or len(args) != 1:
+        raise InvalidField("args", f"{name} takes exactly one argument, the request as a JSON object")
+    return Request.from_wire(args[0], kind=kind)
+
+
+def read_asked(data: bytes) -> Request | None:
+    """What a job asks for; None for what we cannot read."""
+    try:
+        return read_request(data)
+    except HeadraceError:
+        return None
+
+
+def refuse_extras(callbacks: Sequence[bytes | None], repeats: bytes | None, webhooks: bytes | None) -> None:
+    """Raise ``UnsupportedRequest`` for what RQ would do around a job, and we do not."""
+    if any(callbacks):
+        raise UnsupportedRequest("on_success", "callbacks are not run here: nothing out of Redis is imported")
+    if int(repeats or 0) > 0:
+        raise UnsupportedRequest("repeat", "is not supported; enqueue the job again")
+    if webhooks and json.loads(webhooks):
+        raise UnsupportedRequest("webhooks", "are not sent from here")
+
+
+def pack_event(event: TokenEvent) -> list[str]:
+    """Text, ids, index and logprobs, as ``publish.lua`` takes them."""
+    ids = " ".join(map(str, event.token_ids))
+    logprobs = "" if event.logprobs is None else _dump([_pack_logprob(each) for each in event.logprobs])
+    return [event.text, ids, str(event.index), logprobs]
+
+
+def read_event(entry: tuple[bytes, Sequence[bytes]]) -> LoggedEvent:
+    """One stream entry: (id, fields and values in turn)."""
+    number = int(entry[0].split(b"-")[0]) - 1
+    fields = _pairs(entry[1])
+    if b"f" in fields:
+        return LoggedEvent(number=number, type="finished", fields={})
+    if b"a" in fields:
+        started = {"attempt": int(fields[b"a"]), "engine": json.loads(fields[b"e"])}
+        return LoggedEvent(number=number, type="started", fields=started)
+    token: Wire = {
+        "index": int(fields.get(b"x", 0)),
+        "text": fields[b"t"].decode(),
+        "token_ids": [int(token_id) for token_id in fields.get(b"i", b"").split()],
+    }
+    if b"l" in fields:
+        token["logprobs"] = [_read_logprob(each).to_wire() for each in json.loads(fields[b"l"])]
+    return LoggedEvent(number=number, type="token", fields=token)
+
+
+def pack_engine(card: ModelCard) -> str:
+    """What a log's ``started`` says of who computes."""
+    names = ("name", "engine", "version", "dtype", "weights")
+    return _dump({name: getattr(card, name) for name in names})
+
+
+def read_identity(engine: Wire) -> str:
+    """``ModelCard.identity`` of the engine that a ``started`` event names."""
+    return f"{engine['engine']}-{engine['version']}-{engine['dtype']}-{engine['weights'][:16]}"
+
+
+def pack_card(card: WorkerCard) -> str:
+    """The part of a card that does not change."""
+    model = card.model.to_wire() if card.model else None
+    return _dump({"host": card.host, "pid": card.pid, "boot_id": card.boot_id, "model": model})
+
+
+def read_card(row: Sequence[Any]) -> WorkerCard:
+    """Decode a row of ``workers.lua``."""
+    name, card, state, running, stats, started_at = row
+    fixed = json.loads(card)
+    return WorkerCard(
+        name=name.decode(),
+        host=fixed["host"],
+        pid=fixed["pid"],
+        boot_id=fixed["boot_id"],
+        model=ModelCard.from_wire(fixed["model"]) if fixed["model"] else None,
+        state=_text(state) or "idle",
+        running=int(running or 0),
+        started_at=_seconds(started_at) or 0.0,
+        stats=json.loads(stats or b"{}"),
+    )
+
+
+def read_created(text: bytes | None) -> int:
+    """RQ's ``created_at`` in microseconds; 0 where there is none."""
+    return round((_moment(text) or 0.0) * 1e6)
+
+
+def pack_error(error: HeadraceError) -> str:
+    return _dump(error.to_wire())
+
+
+def _dump(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def _pairs(flat: Sequence[bytes] | None) -> dict[bytes, bytes]:
+    return dict(zip(flat[::2], flat[1::2], strict=True)) if flat else {}
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode()
+
+
+def _seconds(milliseconds: bytes | None) -> float | None:
+    return float(milliseconds) / 1000 if milliseconds else None
+
+
+def _moment(text: bytes | None) -> float | None:
+    """A time as RQ writes it, in Unix seconds."""
+    if not text:
+        return None
+    return datetime.fromisoformat(text.decode().rstrip("Z")).replace(tzinfo=UTC).timestamp()
+
+
+def _position(ticket: bytes | None, passed: bytes | None) -> int | None:
+    return None if ticket is None else max(1, int(ticket) - int(passed or 0))
+
+
+def _read_result(entry: Mapping[bytes, bytes]) -> Any:
+    value = entry.get(b"return_value")
+    return None if value is None else json.loads(base64.b64decode(value))
+
+
+def _read_error(error: bytes | None, entry: Mapping[bytes, bytes]) -> Wire:
+    """Ours; or for a job that stock RQ failed, the last line of what it noted."""
+    if error:
+        found: Wire = json.loads(error)
+        return found
+    exc = entry.get(b"exc_string")
+    text = zlib.decompress(base64.b64decode(exc)).decode() if exc else "failed by RQ"
+    return {"code": "internal_error", "message": text.strip().splitlines()[-1], "param": None}
+
+
+def _inflate(data: bytes) -> bytes:
+    try:
+        return zlib.decompress(data)
+    except zlib.error:
+        return data  # RQ reads uncompressed jobs, too
+
+
+def _pack_logprob(logprob: TokenLogprob) -> list[Any]:
+    top = [[token_id, round(value, 6)] for token_id, value in logprob.top]
+    return [logprob.token_id, round(logprob.logprob, 6), top]
+
+
+def _read_logprob(packed: Sequence[Any]) -> TokenLogprob:
+    token_id, logprob, top = packed
+    return TokenLogprob(token_id=token_id, logprob=logprob, top=tuple((one, value) for one, value in top))

@@ -1,0 +1,145 @@
+"""Sends commands and reads answers: once with a blocking client, once with asyncio. Knows no job.
+
+Scripts are sent by their hash. A server that does not know them (it was restarted, or flushed) is given all of them,
+and the commands it could not run are sent again, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import redis
+import redis.asyncio
+from redis.exceptions import NoScriptError
+
+from jobs.connection import explain
+from jobs.scripting import Command, scripts
+
+T = TypeVar("T")
+
+
+class Runner:
+    """Runs commands over one blocking client.
+
+    ``keep_seconds`` goes with every script: how long jobs are kept that do not say so themselves.
+    """
+
+    def __init__(self, client: redis.Redis, keep_seconds: int) -> None:
+        self.client = client
+        self._keep = keep_seconds
+
+    def run(self, command: Command[T]) -> T:
+        """Run one command.
+
+        Raises:
+            StoreError: Redis' fault; and whatever the command's decoding raises.
+        """
+        [answer] = self.answers([command])
+        return command.decode(answer)
+
+    def answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any] = ()) -> list[Any]:
+        """Run commands in one round trip; their raw answers, and that of the bare Redis command ``tail`` if given.
+
+        Raises:
+            StoreError: the first fault; commands behind it may have run.
+        """
+        try:
+            return self._answers(commands, tail)
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
+
+    def load(self) -> None:
+        """Give the server all scripts."""
+        with self.client.pipeline(transaction=False) as pipeline:
+            for script in scripts().values():
+                pipeline.script_load(script.text)
+            pipeline.execute()
+
+    def _answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
+        answers = self._send(commands, tail)
+        missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+        if missing:
+            self.load()
+            again = self._send([commands[i] for i in missing], tail)
+            _fill(answers, missing, again, bool(tail))
+        return _checked(answers)
+
+    def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
+        with self.client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*_words(command, self._keep))
+            if tail:
+                pipeline.execute_command(*tail)
+            return list(pipeline.execute(raise_on_error=False))
+
+
+class AsyncRunner:
+    """Runs commands over one asyncio client; otherwise as ``Runner``."""
+
+    def __init__(self, client: redis.asyncio.Redis, keep_seconds: int) -> None:
+        self.client = client
+        self._keep = keep_seconds
+
+    async def run(self, command: Command[T]) -> T:
+        """Run one command.
+
+        Raises:
+            StoreError: Redis' fault; and whatever the command's decoding raises.
+        """
+        [answer] = await self.answers([command])
+        return command.decode(answer)
+
+    async def answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any] = ()) -> list[Any]:
+        """Run commands in one round trip; their raw answers, and that of the bare Redis command ``tail`` if given.
+
+        Raises:
+            StoreError: the first fault; commands behind it may have run.
+        """
+        try:
+            return await self._answers(commands, tail)
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
+
+    async def load(self) -> None:
+        """Give the server all scripts."""
+        async with self.client.pipeline(transaction=False) as pipeline:
+            for script in scripts().values():
+                pipeline.script_load(script.text)
+            await pipeline.execute()
+
+    async def _answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
+        answers = await self._send(commands, tail)
+        missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+        if missing:
+            await self.load()
+            again = await self._send([commands[i] for i in missing], tail)
+            _fill(answers, missing, again, bool(tail))
+        return _checked(answers)
+
+    async def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
+        async with self.client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*_words(command, self._keep))
+            if tail:
+                pipeline.execute_command(*tail)
+            return list(await pipeline.execute(raise_on_error=False))
+
+
+def _words(command: Command[Any], keep_seconds: int) -> list[Any]:
+    return ["EVALSHA", scripts()[command.name].sha, 0, keep_seconds, *command.args]
+
+
+def _fill(answers: list[Any], missing: Sequence[int], again: Sequence[Any], with_tail: bool) -> None:
+    """Put the answers of a second try in their places; the tail's second answer is the one that counts."""
+    for place, answer in zip(missing, again, strict=False):
+        answers[place] = answer
+    if with_tail:
+        answers[-1] = again[-1]
+
+
+def _checked(answers: list[Any]) -> list[Any]:
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers

@@ -1,0 +1,75 @@
+"""A script is its file behind what all share: the keys, the fields of a poll, ``common.lua``. Knows no connection."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from jobs import keys
+
+T = TypeVar("T", covariant=True)
+FOLDER = Path(__file__).parent / "scripts"
+COMMON = "common.lua"
+
+#: The fields of a job's hash that answer a poll, in this order; the status comes first.
+SEEN = (
+    "status", "kind", "model", "attempt", "crashes", "created_at", "started_at", "ended_at", "first_token_at",
+    "expires_at", "deadline_at", "worker_name", "tokens", "cancel_requested", "ticket", "error", "reason", "metadata",
+    "result_ttl", "events", "place", "closed",
+)  # fmt: skip
+
+#: What RQ's pages show for ends that nobody computed.
+EXC = {
+    "deadline": "the deadline passed before the job was done",
+    "poison": "PoisonJob: the job was running each time its worker died",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """Lua text and the name Redis knows it by."""
+
+    name: str
+    text: str
+    sha: str
+
+
+@dataclass(frozen=True, slots=True)
+class Command(Generic[T]):
+    """One round trip to be: what to send, and how to read the answer."""
+
+    name: str  #: of a script, or of a Redis command in capitals
+    args: Sequence[Any]
+    decode: Callable[[Any], T]
+
+
+@functools.cache
+def scripts() -> Mapping[str, Script]:
+    """All scripts by name, in the order in which they are to be loaded: publishing must never be there later than
+    settling, or a pipeline that meets a server without scripts could settle a job before its last words."""
+    names = sorted(path.stem for path in FOLDER.glob("*.lua") if path.name != COMMON)
+    return {name: _build(name) for name in names}
+
+
+def pack_exc(text: str) -> str:
+    """Text as RQ's result stream holds it."""
+    return base64.b64encode(zlib.compress(text.encode())).decode()
+
+
+def _build(name: str) -> Script:
+    shebang, body = (FOLDER / f"{name}.lua").read_text(encoding="utf-8").split("\n", 1)
+    exc = {key: pack_exc(text) for key, text in EXC.items()}
+    seen = ",".join(f"'{field}'" for field in SEEN)
+    prelude = f"local K={_table(keys.table())} local EXC={_table(exc)} local SEEN={{{seen}}}"
+    text = "\n".join((shebang, prelude, (FOLDER / COMMON).read_text(encoding="utf-8"), body))
+    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _table(values: Mapping[str, str]) -> str:
+    return "{" + ",".join(f"{name}='{value}'" for name, value in values.items()) + "}"

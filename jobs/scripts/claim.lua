@@ -1,0 +1,91 @@
+#!lua flags=allow-oom
+-- Take jobs and mark them started, in one go. ARGV: ttl, worker, room, running, model, engine, looks.
+-- Ids of ended jobs fall out here, jobs for other models go to those models' lists; `looks` bounds the work of a call.
+-- Answers {jobs, alone, hold, more}; a job is {id, attempt, next event, crashes, ms to its deadline, fields of RQ's}.
+local worker, room, running, model = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), string.lower(ARGV[5])
+local engine, looks = ARGV[6], tonumber(ARGV[7])
+local SUSPECT_WAIT, HOLD_FOR = 2000, 60000 -- milliseconds
+local taken = {}
+
+local function is_ours(job) return not job.model or job.model == '' or string.lower(job.model) == model end
+
+local function take(id, job)
+  pass(id, job)
+  if job.closed then reopen(id, job) end -- `rq requeue` put it back, and left what it knows nothing of
+  local at, key = stamp(), K.job .. id
+  local attempt = call('HINCRBY', key, 'attempt', 1)
+  local member = id .. ':' .. attempt
+  log(id, job, 'a', attempt, 'e', engine)
+  move(id, job, 'running')
+  call('HDEL', key, 'cancel_requested', 'suspect_at')
+  call('HSET', key, 'status', 'started', 'started_at', at, 'last_heartbeat', at, 'worker_name', worker, 'place',
+    'running', 'events', job.events)
+  call('PERSIST', key)
+  call('ZREM', K.deadlines, id)
+  call('ZADD', K.wip, NEVER, member)
+  call('ZADD', K.executions .. id, NEVER, attempt)
+  local seconds = string.format('%.6f', NOW_US / 1000000)
+  call('HSET', K.execution .. member, 'id', attempt, 'job_id', id, 'created_at', seconds, 'last_heartbeat', seconds,
+    'worker_name', worker)
+  call('SADD', K.rq_worker .. worker .. ':executions', member)
+  call('SADD', K.held .. worker, member)
+  taken[#taken + 1] = {id, attempt, job.events, job.crashes, job.deadline_at and job.deadline_at - NOW or false,
+    call('HMGET', key, 'data', 'kind', 'timeout', 'success_callback_name', 'failure_callback_name',
+      'stopped_callback_name', 'repeats_left', 'webhooks', 'created_at')}
+end
+
+-- The next id of a list that is to be computed here; what is not is put where it belongs.
+local function pop(list)
+  while looks > 0 do
+    local id = call('LPOP', list)
+    if not id then return nil end
+    looks = looks - 1
+    local job = load(id)
+    if job and job.status ~= 'queued' then
+      pass(id, job)
+      note_end(id, job)
+    elseif job and job.deadline_at and job.deadline_at <= NOW then
+      pass(id, job)
+      expire(id, job)
+    elseif job and list ~= K.suspects and job.crashes >= 2 then
+      pass(id, job)
+      requeue(id, job, 'suspects')
+    elseif job and not is_ours(job) then
+      requeue(id, job, list == K.suspects and 'suspects' or 'back')
+    elseif job then
+      return id, job
+    end
+  end
+end
+
+-- Whether the first suspect has waited long enough for this worker to empty itself.
+local function must_hold()
+  local id = call('LINDEX', K.suspects, 0)
+  local job = id and load(id)
+  if id and not (job and job.status == 'queued') then call('LPOP', K.suspects) end
+  if not job or job.status ~= 'queued' or not is_ours(job) or NOW - job.suspect_at < SUSPECT_WAIT then return false end
+  return call('SET', K.hold, worker, 'NX', 'PX', HOLD_FOR) or call('GET', K.hold) == worker
+end
+
+if room < 1 or call('EXISTS', K.suspended) == 1 or not call('ZSCORE', K.leases, worker) then return {taken, 0, 0, 0} end
+if running == 0 then
+  local id, job = pop(K.suspects)
+  if id then
+    take(id, job)
+    call('DEL', K.hold)
+    return {taken, 1, 0, 0}
+  end
+elseif must_hold() then
+  return {taken, 0, 1, 0}
+end
+for _, list in ipairs({K.model_ready .. model, K.ready}) do
+  while #taken < room do
+    local id, job = pop(list)
+    if not id then break end
+    take(id, job)
+  end
+end
+if #taken < room and looks > 0 and count('queued') == 0 then
+  call('SET', K.passed, call('GET', K.tickets) or 0) -- nobody waits: the estimate starts afresh
+end
+return {taken, 0, 0, #taken < room and looks == 0 and 1 or 0}

@@ -1,0 +1,49 @@
+#!lua flags=allow-oom
+-- End an attempt. ARGV: ttl, id, attempt, outcome, events that must be logged first, permanent (1 or 0), return value,
+-- error, RQ's exc_string ('' for none). Answers 1 done, 3 done and others depend on it, 2 was done before,
+-- 0 refused: not the job's attempt, -1 refused for now: events are missing.
+local id, attempt, outcome, wanted = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
+local permanent = ARGV[6] == '1'
+local function given(i) return ARGV[i] ~= '' and ARGV[i] or nil end
+local job = load(id)
+if not job or job.attempt ~= attempt then
+  drop(id, attempt)
+  return 0
+end
+if job.settled == attempt then return 2 end
+-- Reaped and not claimed again: a late result still counts, and saves computing it twice. Its id falls out at a claim.
+local late = job.status == 'queued' and outcome == 'succeeded'
+if job.status ~= 'started' and not late then
+  note_end(id, job)
+  drop(id, attempt)
+  return 0
+end
+if job.events < wanted then return -1 end
+local key, member = K.job .. id, id .. ':' .. attempt
+local worker = call('HGET', K.execution .. member, 'worker_name') or job.worker_name
+local began = call('HGET', K.execution .. member, 'created_at')
+drop(id, attempt, worker)
+call('HSET', key, 'settled', attempt)
+if worker and call('EXISTS', K.rq_worker .. worker) == 1 then
+  call('HINCRBY', K.rq_worker .. worker, outcome == 'succeeded' and 'successful_job_count' or 'failed_job_count', 1)
+  call('HINCRBYFLOAT', K.rq_worker .. worker, 'total_working_time', began and NOW_US / 1000000 - began or 0)
+end
+local retries = outcome == 'failed' and not permanent and tonumber(call('HGET', key, 'retries_left') or 0) or 0
+if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ for
+  local intervals = cjson.decode(call('HGET', key, 'retry_intervals') or '[0]')
+  local seconds = tonumber(intervals[math.max(#intervals - retries, 0) + 1] or 0)
+  call('HSET', key, 'retries_left', retries - 1, 'ended_at', stamp())
+  if seconds > 0 then
+    move(id, job, 'queued')
+    call('HSET', key, 'status', 'scheduled', 'place', 'queued')
+    call('ZADD', K.scheduled, SECONDS + seconds, id)
+    if job.deadline_at then call('ZADD', K.deadlines, job.deadline_at, id) end
+  else
+    requeue(id, job, call('HGET', key, 'enqueue_at_front_on_retry') == '1' and 'front' or 'back')
+  end
+  return 1
+end
+local how = {value = given(7), error = given(8), exc = given(9), began = began}
+if outcome == 'expired' then how.reason, how.exc = 'deadline', EXC.deadline end
+if outcome == 'cancelled' and not job.cancel_requested then how.status = 'stopped' end -- RQ's send_stop_job_command
+return finish(id, job, outcome, how) and 3 or 1
