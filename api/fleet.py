@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from api.errors import NoWorker
 from core.errors import ModelNotFound
 from core.request import ModelCard
 from jobs.async_store import AsyncStore
 from jobs.job import Job
-from jobs.reports import QueueReport, WorkerCard
+from jobs.reports import QueueReport, ServerReport, WorkerCard
 
 T = TypeVar("T")
 MAX_ETA_SECONDS = 7 * 86_400.0
 
 
 class Remembered(Generic[T]):
-    """A value that is loaded again when it is older than ``seconds``; callers at the same time share one load."""
+    """A value that is loaded again when it is older than ``seconds``; whoever asks meanwhile shares the one load."""
 
-    def __init__(self, load: Callable[[], Awaitable[T]], seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(self, load: Callable[[], Coroutine[Any, Any, T]], seconds: float, clock: Callable[[], float]) -> None:
         self._load = load
         self._seconds = seconds
         self._clock = clock
-        self._lock = asyncio.Lock()
         self._kept: tuple[float, T] | None = None  #: when it was loaded, and what
+        self._loading: asyncio.Task[T] | None = None
 
     async def get(self) -> T:
-        async with self._lock:
-            if self._kept is None or self._clock() - self._kept[0] >= self._seconds:
-                self._kept = (self._clock(), await self._load())
+        """The value; an error of the load is everybody's who waited for it, and is not remembered."""
+        if self._kept is not None and self._clock() - self._kept[0] < self._seconds:
             return self._kept[1]
+        if self._loading is None:
+            self._loading = asyncio.ensure_future(self._load())
+            self._loading.add_done_callback(self._loaded)
+        return await asyncio.shield(self._loading)
+
+    def _loaded(self, task: asyncio.Task[T]) -> None:
+        self._loading = None
+        if not task.cancelled() and task.exception() is None:
+            self._kept = (self._clock(), task.result())
 
 
 class Fleet:
@@ -42,6 +50,7 @@ class Fleet:
         self._own_model = own_model
         self._workers = Remembered[Sequence[WorkerCard]](lambda: store.workers(), 1.0, clock)
         self._queue = Remembered[QueueReport](lambda: store.queue(), 1.0, clock)
+        self._server = Remembered[ServerReport](lambda: store.inspect(), 1.0, clock)
         self._known = Remembered[Sequence[ModelCard]](lambda: store.known(), 5.0, clock)
 
     async def workers(self) -> Sequence[WorkerCard]:
@@ -50,6 +59,14 @@ class Fleet:
 
     async def queue(self) -> QueueReport:
         return await self._queue.get()
+
+    async def server(self) -> ServerReport:
+        """The Redis behind it all.
+
+        Raises:
+            UnsafeServer, StoreUnavailable
+        """
+        return await self._server.get()
 
     async def live(self) -> Mapping[str, ModelCard]:
         """The models of live workers, by name."""

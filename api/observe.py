@@ -21,6 +21,7 @@ log = logging.getLogger("headrace.api")
 Refuse = Callable[[Scope, HeadraceError], Response]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"})
 
 
@@ -66,15 +67,26 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.started = True
             MutableHeaders(scope=message)["x-request-id"] = self._scope["state"]["request_id"]
-            self._note(message["status"])
+            self._note(message)
         await self._send(message)
 
-    def _note(self, status: int) -> None:
+    def _note(self, message: Message) -> None:
         seconds = time.perf_counter() - self._began
         route = getattr(self._scope.get("route"), "path", "unmatched")
         method = self._scope["method"] if self._scope["method"] in _METHODS else "OTHER"
-        self._metrics.count(method, route, status, seconds)
-        job = self._scope.get("path_params", {}).get("job_id", "-")
-        length = Headers(scope=self._scope).get("content-length", "-")
-        request_id = self._scope["state"]["request_id"]
-        log.info("%s %s %s job=%s bytes=%s %d %.1fms", request_id, method, route, job, length, status, seconds * 1000)
+        self._metrics.count(method, route, message["status"], seconds)
+        log.info(
+            "%s %s %s job=%s bytes=%s %d %.1fms",
+            self._scope["state"]["request_id"],
+            method,
+            route,
+            self._job_id(Headers(raw=message["headers"])),
+            Headers(scope=self._scope).get("content-length", "-"),
+            message["status"],
+            seconds * 1000,
+        )
+
+    def _job_id(self, answer: Headers) -> str:
+        """The job the request was about, from its path or the answer's Location."""
+        job_id = self._scope.get("path_params", {}).get("job_id") or answer.get("location", "").rpartition("/")[2]
+        return job_id if _JOB_ID.fullmatch(job_id) else "-"  # anything else could forge a line of the log

@@ -165,6 +165,13 @@ def test_logs_hold_ids_and_lengths_and_never_prompts(api: httpx2.Client, caplog:
     assert canary not in "".join(ours)
 
 
+def test_no_path_forges_a_line_of_the_log(lonely: httpx2.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    lonely.get("/v1/jobs/a%0Aforged")
+
+    assert not any("\n" in record.getMessage() for record in caplog.records if record.name == "headrace.api")
+
+
 def test_the_openapi_document_describes_bodies_and_errors(lonely: httpx2.Client) -> None:
     document: dict[str, Any] = lonely.get("/openapi.json").json()
     operation = document["paths"]["/v1/jobs"]["post"]

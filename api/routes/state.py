@@ -42,7 +42,7 @@ async def metrics(here: Here) -> Response:
 
 async def _reasons(here: Context) -> list[str]:
     try:
-        await here.store.inspect()
+        await here.fleet.server()
         workers = await here.fleet.workers()
     except UnsafeServer as error:
         return [str(error)]
