@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 
 from core.errors import EngineError, InvalidField, PromptTooLong
 from core.protocol import NOTHING_EMITTED, EngineStats
@@ -48,7 +49,6 @@ class InstantConfig:
     name: str = "instant"  #: the model's name
     step_seconds: float = 0.0  #: sleep this long in each step
     max_running: int = 32  #: jobs at once
-    version: str = "0"  #: of Headrace
 
     def __post_init__(self) -> None:
         if not 0 <= self.step_seconds <= 3600:
@@ -86,7 +86,7 @@ class InstantEngine:
         self.card = ModelCard(
             name=self._config.name,
             engine="instant",
-            version=self._config.version,
+            version=_version(),
             dtype="none",
             weights=hashlib.sha256(b"instant 1").hexdigest(),
             kinds=(Kind.GENERATE.value, Kind.PREDICT.value),
@@ -144,6 +144,13 @@ class InstantEngine:
         self.stats.generated_tokens += rows
         if rows:
             self.stats.decode_rows[rows] = self.stats.decode_rows.get(rows, 0) + 1
+
+
+def _version() -> str:
+    try:
+        return metadata.version("headrace")
+    except metadata.PackageNotFoundError:
+        return "0"  # a checkout that nobody installed
 
 
 def _take(job_id: str, request: Request, emitted: Emitted) -> InstantSequence:

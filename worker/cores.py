@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -47,3 +47,39 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+class CoreShare:
+    """Keeps an engine's threads at its share of the cores, while workers come and go."""
+
+    def __init__(
+        self,
+        read_others: Callable[[], Iterable[str]],
+        set_threads: Callable[[int], None],
+        *,
+        least: int,
+        fixed: int = 0,
+    ) -> None:
+        """Take how to read the other live workers' boot ids, and how to tell the engine.
+
+        Args:
+            fixed: threads that somebody has chosen; 0 for none.
+        """
+        self.threads = fixed
+        self._fixed = fixed
+        self._read_others = read_others
+        self._set_threads = set_threads
+        self._least = least
+
+    def adjust(self) -> None:
+        """Tell the engine if its share has changed.
+
+        Raises:
+            StoreUnavailable: who else is there cannot be told.
+        """
+        if self._fixed:
+            return
+        threads = share_cores(count_cores(), read_boot_id(), self._read_others(), least=self._least)
+        if threads != self.threads:
+            self.threads = threads
+            self._set_threads(threads)

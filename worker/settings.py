@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ENGINES = ("torch", "instant")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -37,6 +37,7 @@ class WorkerSettings:
     tick_seconds: float = 2.0  #: between two looks for dead workers, deadlines and retries
     drain_seconds: float = 25.0  #: to finish what runs after SIGTERM
     log_level: str = "info"
+    hf_token: str = field(default="", repr=False)  #: for the hub
 
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, ENGINES)

@@ -1,0 +1,257 @@
+"""RQ for real: a program that has only rq, RQ's command line and its dashboard, with a worker of ours."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import redis
+import rq
+from rq.command import (
+    send_kill_horse_command,
+    send_shutdown_command,
+    send_stop_execution_command,
+    send_stop_job_command,
+)
+from rq.job import Job
+from rq.registry import FailedJobRegistry
+from rq.serializers import JSONSerializer
+
+from core.instant import InstantConfig, InstantEngine
+from jobs.settings import StoreSettings
+from worker.engine_process import build
+from worker.settings import WorkerSettings
+from worker.stop import Stop
+
+
+@contextmanager
+def working(url: str, *, step_ms: float = 2, name: str = "w1") -> Iterator[Stop]:
+    """A worker in a thread of this process."""
+    settings = WorkerSettings(lease_seconds=1, tick_seconds=0.1, drain_seconds=0, worker_name=name, engine="instant")
+    stop = Stop(settings.drain_seconds)
+    engine = InstantEngine(InstantConfig(step_seconds=step_ms / 1000))
+    worker = build(settings, StoreSettings(redis_url=url, lease_seconds=1, grace_seconds=0.3), engine, stop)
+    thread = threading.Thread(target=worker.run)
+    thread.start()
+    try:
+        yield stop
+    finally:
+        stop.request()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def put(client: redis.Redis, prompt: str, **params: Any) -> Job:
+    """What a program that has only rq does."""
+    queue = rq.Queue("generate", connection=client, serializer=JSONSerializer)
+    return queue.enqueue("headrace.generate", {"input": {"prompt": prompt}, "params": params})
+
+
+def await_status(job: Job, *wanted: str) -> str:
+    return eventually(lambda: s if (s := str(job.get_status(refresh=True).value)) in wanted else None)
+
+
+def eventually(read: Callable[[], Any], seconds: float = 20) -> Any:
+    """What ``read`` gives once it gives something true."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := read():
+            return value
+        time.sleep(0.01)
+    raise AssertionError("it did not happen")
+
+
+def command_line(url: str, *arguments: str) -> str:
+    """What ``rq …`` prints."""
+    program = "from rq.cli import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", program, arguments[0], "-u", url, *arguments[1:]],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    return run.stdout
+
+
+def test_a_program_that_has_only_rq_gets_its_result(valkey: redis.Redis, valkey_url: str) -> None:
+    with working(valkey_url):
+        job = put(valkey, "x", max_tokens=3)
+        await_status(job, "finished")
+
+    value = Job.fetch(job.id, connection=valkey, serializer=JSONSerializer).return_value()
+    assert value["usage"]["completion_tokens"] == 3
+    assert value["choices"][0]["finish_reason"] == "length"
+
+
+def test_stock_cancel_and_stop_end_a_running_job_and_its_neighbour_goes_on(
+    valkey: redis.Redis, valkey_url: str
+) -> None:
+    with working(valkey_url, step_ms=10):
+        cancelled, stopped, once, neighbour = [
+            put(valkey, p, max_tokens=n) for p, n in zip("abcd", (9000, 9000, 9000, 60), strict=True)
+        ]
+        for job in (cancelled, stopped, once, neighbour):
+            await_status(job, "started")
+        cancelled.cancel()
+        send_stop_job_command(valkey, stopped.id, serializer=JSONSerializer)
+        send_stop_execution_command(valkey, once.id, "1")
+        ends = [
+            await_status(job, "finished", "failed", "stopped", "canceled")
+            for job in (cancelled, stopped, once, neighbour)
+        ]
+        eventually(lambda: valkey.scard("rq:worker:w1:executions") == 0)
+
+    assert ends == ["canceled", "canceled", "canceled", "finished"]
+    assert stopped.return_value()["choices"][0]["finish_reason"] == "cancelled"
+
+
+def test_a_queued_job_cancelled_by_stock_rq_never_runs(valkey: redis.Redis, valkey_url: str) -> None:
+    job = put(valkey, "a")
+    job.cancel()
+    other = put(valkey, "b")
+    with working(valkey_url):
+        await_status(other, "finished")
+
+    assert job.get_status(refresh=True) == "canceled"
+    assert not valkey.exists(f"headrace:events:{job.id}")
+
+
+@pytest.mark.parametrize("way", ["registry", "command line"])
+def test_a_failed_job_requeued_by_stock_rq_runs_again(valkey: redis.Redis, valkey_url: str, way: str) -> None:
+    with working(valkey_url):
+        job = put(valkey, "!fail")
+        await_status(job, "failed")
+        first = valkey.hget(f"rq:job:{job.id}", "attempt")
+        if way == "registry":
+            FailedJobRegistry("generate", connection=valkey, serializer=JSONSerializer).requeue(job.id)
+        else:
+            command_line(valkey_url, "requeue", "-S", "rq.serializers.JSONSerializer", "--queue", "generate", job.id)
+        eventually(lambda: valkey.hget(f"rq:job:{job.id}", "attempt") != first)
+        assert await_status(job, "failed") == "failed"
+
+    assert (first, valkey.hget(f"rq:job:{job.id}", "attempt")) == (b"1", b"2")
+    assert "the prompt asked for a failure" in str(job.latest_result().exc_string)
+
+
+def test_suspend_holds_before_the_first_claim_and_resume_goes_on(valkey: redis.Redis, valkey_url: str) -> None:
+    command_line(valkey_url, "suspend")
+    job = put(valkey, "a")
+    with working(valkey_url):
+        eventually(lambda: valkey.hget("rq:worker:w1", "state") == b"suspended")
+        commands = valkey.info("stats")["total_commands_processed"]
+        time.sleep(0.5)
+        spent = valkey.info("stats")["total_commands_processed"] - commands
+        status = job.get_status(refresh=True)
+        command_line(valkey_url, "resume")
+        assert await_status(job, "finished") == "finished"
+
+    assert status == "queued"
+    assert spent < 250, "a suspended worker spins"
+
+
+def test_rq_info_lists_the_worker_and_what_it_does(valkey: redis.Redis, valkey_url: str) -> None:
+    with working(valkey_url, step_ms=10):
+        idle = command_line(valkey_url, "info", "--raw")
+        job = put(valkey, "a", max_tokens=500)
+        eventually(lambda: valkey.hget("rq:worker:w1", "state") == b"busy")
+        busy = command_line(valkey_url, "info", "--raw")
+        [worker] = rq.Worker.all(connection=valkey, serializer=JSONSerializer)
+        running = [execution.job_id for execution in worker.get_current_executions()]
+    gone = command_line(valkey_url, "info", "--raw")
+
+    assert "worker w1 idle generate" in idle
+    assert "worker w1 busy generate" in busy
+    assert running == [job.id]
+    assert "w1" not in gone
+
+
+def test_the_shutdown_command_drains_and_kill_horse_is_ignored(valkey: redis.Redis, valkey_url: str) -> None:
+    with working(valkey_url) as stop:
+        eventually(lambda: valkey.hget("rq:worker:w1", "state") == b"idle")
+        send_kill_horse_command(valkey, "w1")
+        job = put(valkey, "a")
+        await_status(job, "finished")
+        assert not stop.requested
+        send_shutdown_command(valkey, "w1")
+        eventually(lambda: not valkey.exists("rq:worker:w1") or valkey.hexists("rq:worker:w1", "death"))
+
+    assert stop.requested
+
+
+def test_the_dashboard_shows_jobs_and_workers(valkey: redis.Redis, valkey_url: str) -> None:
+    import rq_dashboard
+    from flask import Flask
+
+    app = Flask("dashboard")
+    app.config.from_object(rq_dashboard.default_settings)
+    app.config.update(RQ_DASHBOARD_REDIS_URL=valkey_url, RQ_DASHBOARD_SERIALIZER="rq.serializers.JSONSerializer")
+    rq_dashboard.web.setup_rq_connection(app)
+    app.register_blueprint(rq_dashboard.blueprint, url_prefix="/rq")
+    with working(valkey_url, step_ms=10):
+        done, failed, running = put(valkey, "a"), put(valkey, "!fail"), put(valkey, "b", max_tokens=2000)
+        await_status(done, "finished")
+        await_status(failed, "failed")
+        await_status(running, "started")
+        browser = app.test_client()
+        answers = {path: browser.get(f"/rq/0/data/{path}") for path in PAGES} | {
+            job.id: browser.get(f"/rq/0/data/job/{job.id}.json") for job in (done, failed, running)
+        }
+
+    assert {path: answer.status_code for path, answer in answers.items() if answer.status_code != 200} == {}
+    assert "w1" in answers["workers.json"].text
+    assert failed.id in answers["jobs/generate/failed/8/asc/1.json"].text
+
+
+PAGES = [
+    "queues.json",
+    "workers.json",
+    *(f"jobs/generate/{state}/8/asc/1.json" for state in ("queued", "started", "finished", "failed", "canceled")),
+]
+
+
+def test_what_is_not_one_of_our_labels_fails_with_a_clear_error_and_is_never_called(
+    valkey: redis.Redis, valkey_url: str, tmp_path: Any
+) -> None:
+    queue = rq.Queue("generate", connection=valkey, serializer=JSONSerializer)
+    pickled = rq.Queue("generate", connection=valkey)
+    asked = {"input": {"prompt": "x"}}
+    bad = {
+        "label": queue.enqueue("os.mkdir", str(tmp_path / "called")),
+        "kwargs": queue.enqueue("headrace.generate", input={"prompt": "x"}),
+        "two arguments": queue.enqueue("headrace.generate", asked, asked),
+        "field": queue.enqueue("headrace.generate", {"input": {"prompt": "x"}, "parms": {}}),
+        "pickle": pickled.enqueue("headrace.generate", asked),
+        "nothing": queue.enqueue("headrace.generate"),
+    }
+    with working(valkey_url):
+        good = put(valkey, "x")
+        ends = {name: await_status(job, "failed", "finished") for name, job in bad.items()}
+        assert await_status(good, "finished") == "finished"
+        errors = {name: json.loads(valkey.hget(f"rq:job:{job.id}", "error") or b"{}") for name, job in bad.items()}
+
+    assert set(ends.values()) == {"failed"}
+    assert not (tmp_path / "called").exists()
+    assert all(error["code"] and error["message"] for error in errors.values()), errors
+    assert "parms" in errors["field"]["message"]
+    assert "os.mkdir" in errors["label"]["message"]
+
+
+def test_rqs_job_timeout_fails_a_job_that_runs_too_long(valkey: redis.Redis, valkey_url: str) -> None:
+    queue = rq.Queue("generate", connection=valkey, serializer=JSONSerializer)
+    with working(valkey_url, step_ms=10):
+        asked = {"input": {"prompt": "x"}, "params": {"max_tokens": 9000}}
+        job = queue.enqueue("headrace.generate", asked, job_timeout=1)
+        await_status(job, "failed")
+
+    assert json.loads(valkey.hget(f"rq:job:{job.id}", "error"))["code"] == "job_timeout"
+
+
+def test_commands_are_heard_again_after_redis_was_away(own_valkey: Any) -> None: ...

@@ -1,0 +1,69 @@
+"""``python -m worker``: the parent; with ``--engine-process PARENT``: the process that it starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from core.errors import ModelError, UnsafeServer
+from jobs.settings import SettingError, StoreSettings, from_environ
+from worker.parent import CLEAN, CRASHED, PERMANENT, Parent, ParentConfig, die_with
+from worker.settings import WorkerSettings
+
+ENGINE_PROCESS = "--engine-process"
+USAGE = "usage: python -m worker   (settings: HEADRACE_<NAME> in the environment; see docs/workers.md)"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+KILL_AFTER_SECONDS = 3.0  #: the parent gives a draining process so much longer than it asked for
+
+log = logging.getLogger("headrace.worker")
+
+
+def main() -> int:
+    """Run the parent or the engine process; the exit code."""
+    arguments = sys.argv[1:]
+    if arguments and not (arguments[0] == ENGINE_PROCESS and len(arguments) == 2):
+        print(USAGE, file=sys.stderr)
+        return CLEAN if arguments in (["-h"], ["--help"]) else PERMANENT
+    try:
+        settings, store_settings = from_environ(WorkerSettings, os.environ), from_environ(StoreSettings, os.environ)
+        logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+        if not arguments:
+            return run_parent(settings, store_settings, os.environ)
+        run_engine_process(settings, store_settings, int(arguments[1]))
+    except (SettingError, ModelError, UnsafeServer) as error:
+        print(f"worker: {error}", file=sys.stderr)
+        return PERMANENT
+    except Exception:
+        log.exception("the engine process ends; its jobs go on elsewhere")
+        return CRASHED
+    return CLEAN
+
+
+def run_parent(settings: WorkerSettings, store_settings: StoreSettings, environment: Mapping[str, str]) -> int:
+    """Keep an engine process running; the exit code."""
+    from jobs.store import Store
+
+    rooms = str(Path(__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (rooms, environment.get("PYTHONPATH"))))
+    config = ParentConfig(
+        command=(sys.executable, "-P", "-m", "worker", ENGINE_PROCESS, str(os.getpid())),
+        environment={**environment, "PYTHONPATH": path},
+        name=settings.worker_name,
+        stop_seconds=settings.drain_seconds + KILL_AFTER_SECONDS,
+    )
+    return Parent(config, Store.connect(store_settings).expire_lease).run()
+
+
+def run_engine_process(settings: WorkerSettings, store_settings: StoreSettings, parent: int) -> None:
+    """Load an engine and work until told to stop."""
+    die_with(parent)
+    from worker.engine_process import serve
+
+    serve(settings, store_settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

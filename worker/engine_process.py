@@ -1,0 +1,112 @@
+"""The engine process: loads one engine, meets Redis, runs the loop. Imports torch only for an engine that needs it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+from core.errors import StoreUnavailable
+from core.instant import InstantConfig, InstantEngine
+from core.protocol import EngineProtocol
+from jobs.connection import connect
+from jobs.settings import StoreSettings
+from jobs.store import Store, WorkerCard
+from worker.cores import CoreShare, read_boot_id
+from worker.loop import Worker
+from worker.presence import Presence
+from worker.rq_worker import RqWorker
+from worker.settings import WorkerSettings
+from worker.stop import Stop
+from worker.upkeep import Upkeep
+
+log = logging.getLogger("headrace.worker")
+
+KNOCK_SECONDS = 0.5  #: between two tries to reach Redis at the start
+
+
+def serve(settings: WorkerSettings, store_settings: StoreSettings) -> None:
+    """Run one worker until it is told to stop.
+
+    Raises:
+        ModelError, UnsafeServer: this configuration can never run.
+        StoreUnavailable: Redis was away when we had to leave.
+    """
+    store, stop = Store.connect(store_settings), Stop(settings.drain_seconds)
+    patiently(store.inspect, stop)
+    share = divide_cores(settings, store)
+    patiently(share.adjust, stop)
+    engine = load(settings, share.threads)
+    stop.listen()
+    build(settings, store_settings, engine, stop).run()
+
+
+def load(settings: WorkerSettings, threads: int) -> EngineProtocol:
+    """The engine that the settings name.
+
+    Raises:
+        ModelError: it cannot be served.
+    """
+    if settings.engine == "instant":
+        seconds = settings.instant_step_ms / 1000
+        return InstantEngine(InstantConfig(step_seconds=seconds, max_running=settings.max_running))
+    import torch
+
+    from core.engine import Engine, EngineConfig
+
+    cards = 0 if settings.device == "cpu" else torch.cuda.device_count()
+    return Engine.load(
+        EngineConfig(
+            model=settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=f"cuda:{settings.worker_index % cards}" if cards else settings.device,
+            kv_memory=settings.kv_memory,
+            max_model_len=settings.max_model_len,
+            max_running=settings.max_running,
+            step_tokens=settings.step_tokens,
+            threads=threads,
+            hf_token=settings.hf_token,
+        )
+    )
+
+
+def build(settings: WorkerSettings, store_settings: StoreSettings, engine: EngineProtocol, stop: Stop) -> Worker:
+    """A worker, registered as soon as Redis is there."""
+    store, name = Store.connect(store_settings), settings.worker_name
+    card = WorkerCard(name=name, host=socket.gethostname(), pid=os.getpid(), model=engine.card, boot_id=read_boot_id())
+    rq = RqWorker(name, connect(store_settings.redis_url, blocking=True), stop.request)
+    presence = Presence(card, store, rq, settings.beat_seconds)
+    patiently(presence.arrive, stop)
+    log.info("worker %s serves %s", name, engine.card.name)
+    return Worker(engine, store, presence, Upkeep(store, divide_cores(settings, store), settings.tick_seconds), stop)
+
+
+def divide_cores(settings: WorkerSettings, store: Store) -> CoreShare:
+    """This worker's share of its host's cores."""
+
+    def read_others() -> list[str]:
+        return [card.boot_id for card in store.workers() if card.name != settings.worker_name]
+
+    return CoreShare(read_others, _set_threads, least=settings.workers, fixed=settings.threads)
+
+
+def patiently(call: Callable[[], object], stop: Stop) -> None:
+    """Do it as soon as Redis is there, unless we are told to stop before."""
+    while not stop.requested:
+        try:
+            call()
+        except StoreUnavailable as error:
+            log.warning("%s; trying again", error)
+            time.sleep(KNOCK_SECONDS)
+        else:
+            return
+
+
+def _set_threads(threads: int) -> None:
+    """Tell torch, if there is one in this process."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(threads)

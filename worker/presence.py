@@ -1,0 +1,82 @@
+"""That this worker is there: its lease, its face as an RQ worker, and what it is told. Computes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from core.request import Wire
+from jobs.store import Beat, Store, WorkerCard
+from worker.outage import Every
+from worker.rq_worker import RqWorker, StopCommand
+
+PROMPTLY_SECONDS = 0.2  #: a changed state is shown so soon; not at once, or a short job would cost two beats
+
+
+class Presence:
+    """One live worker, as everybody else sees it."""
+
+    def __init__(
+        self,
+        card: WorkerCard,
+        store: Store,
+        rq: RqWorker,
+        beat_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.suspended = True  #: by ``rq suspend``; nothing is claimed before the first beat has told otherwise
+        self._card = card
+        self._store = store
+        self._rq = rq
+        self._every = Every(beat_seconds, clock)
+        self._shown = ""  # the state that the last beat told
+
+    @property
+    def name(self) -> str:
+        return self._card.name
+
+    @property
+    def next_beat_seconds(self) -> float:
+        return self._every.in_seconds
+
+    def arrive(self) -> None:
+        """Take a lease, and register with RQ.
+
+        Raises:
+            StoreUnavailable: to be tried again.
+        """
+        self._store.birth(self._card)
+        self._rq.register()
+
+    def beat(self, state: str, holding: Mapping[str, int], count: Callable[[], Wire]) -> Beat | None:
+        """Renew the lease if it is time, and hand back what Redis says we hold and we do not know.
+
+        Args:
+            state: what to show; a change brings the next beat forward.
+            holding: job id -> attempt, of all that is computed here or waits to be settled.
+            count: gives the counters for ``/metrics``.
+        """
+        if state != self._shown:
+            self._every.hurry(PROMPTLY_SECONDS)
+        if not self._every.due():
+            return None
+        beat = self._store.renew(self.name, state, holding, count())
+        self._rq.beat(state)
+        if beat.unknown:
+            self._store.release(beat.unknown)
+        self._shown, self.suspended = state, beat.suspended
+        return beat
+
+    def hurry(self) -> None:
+        """Beat as soon as Redis answers."""
+        self._every.hurry()
+
+    def stop_commands(self) -> Iterator[StopCommand]:
+        """What RQ's commands have asked to stop since the last call."""
+        while self._rq.stops:
+            yield self._rq.stops.popleft()
+
+    def leave(self) -> None:
+        """Give up the lease and disappear."""
+        self._store.death(self.name)
+        self._rq.leave()

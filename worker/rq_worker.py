@@ -1,0 +1,118 @@
+"""The worker as RQ's own tools see it: registered, heard of, told things. Knows no engine, runs no job.
+
+``rq info``, ``rq suspend``, ``send_stop_job_command``, ``send_shutdown_command`` and dashboards work on what is here.
+A job's function name is a label that ``jobs`` looks up; nothing here imports a name that came out of Redis.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rq.command import parse_payload
+from rq.serializers import JSONSerializer
+from rq.worker import BaseWorker, WorkerStatus
+
+from jobs.connection import explained
+from jobs.job import QUEUE
+
+log = logging.getLogger("headrace.worker.rq")
+
+POLL_SECONDS = 1.0  #: the command thread looks so often whether it is to end; a message wakes it at once
+RECONNECT_SECONDS = 0.5
+
+STATES = {"busy": WorkerStatus.BUSY, "draining": WorkerStatus.BUSY, "idle": WorkerStatus.IDLE}
+
+
+@dataclass(frozen=True, slots=True)
+class StopCommand:
+    """Somebody wants a running job stopped."""
+
+    job_id: str
+    attempt: int | None = None  #: only this one; None: whichever runs
+
+
+class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy: its annotations are not strict
+    """A real RQ worker for registration, heartbeat, state and commands; the loop is ours.
+
+    ``stops`` is filled by the command thread and emptied by the loop between two steps.
+    """
+
+    def __init__(self, name: str, connection: Any, request_stop: Callable[[], None]) -> None:
+        """Take a connection of its own, without a socket time-out: the command thread blocks on it."""
+        super().__init__([QUEUE], name=name, connection=connection, serializer=JSONSerializer)
+        self.stops: deque[StopCommand] = deque()
+        self._ask_to_stop = request_stop
+
+    def register(self) -> None:
+        """Appear in ``rq info`` and listen for commands.
+
+        Raises:
+            StoreUnavailable: to be tried again.
+        """
+        with explained():
+            self._appear()
+            self.set_state(WorkerStatus.STARTED)
+            if self.pubsub_thread is None:
+                self.subscribe()
+
+    def beat(self, state: str) -> None:
+        """Say that we live and what we do, in one round trip; appear again if we were taken for dead."""
+        with explained(), self.connection.pipeline(transaction=False) as pipeline:
+            self.heartbeat(pipeline=pipeline)
+            self.set_state(STATES.get(state, WorkerStatus.SUSPENDED), pipeline=pipeline)
+            pipeline.hexists(self.key, "birth")
+            pipeline.sismember(self.redis_workers_keys, self.key)
+            *_, born, listed = pipeline.execute()
+            if not (born and listed):
+                self._appear()
+
+    def leave(self) -> None:
+        """Disappear from ``rq info`` at once."""
+        with explained():
+            self.register_death()
+            self.unsubscribe()
+
+    def handle_payload(self, message: dict[str, Any]) -> None:
+        """Note a command; the loop obeys between two steps. There is no work horse to kill."""
+        payload = parse_payload(message)
+        command, job_id = payload.get("command"), payload.get("job_id")
+        if command == "stop-job" and isinstance(job_id, str):
+            self.stops.append(StopCommand(job_id))
+        elif command == "stop-execution" and isinstance(job_id, str):
+            execution = str(payload.get("execution_id"))
+            self.stops.append(StopCommand(job_id, int(execution) if execution.isdecimal() else -1))
+        elif command == "shutdown":
+            log.info("told to shut down by RQ's command")
+            self._ask_to_stop()
+        else:
+            log.info("ignored RQ's command %.40r", command)
+
+    def subscribe(self) -> None:
+        self.pubsub = self.connection.pubsub()
+        self.pubsub.subscribe(**{self.pubsub_channel_name: self.handle_payload})
+        self.pubsub_thread = self.pubsub.run_in_thread(POLL_SECONDS, daemon=True, exception_handler=_outlast)
+
+    def unsubscribe(self) -> None:
+        if self.pubsub_thread is not None:
+            self.pubsub_thread.stop()
+            self.pubsub.unsubscribe()  # its reply wakes the thread
+            self.pubsub_thread.join(timeout=POLL_SECONDS)
+
+    def _appear(self) -> None:
+        self.connection.delete(self.key)  # RQ refuses a name that is there, and this name is ours alone
+        self.register_birth()
+
+    def _set_connection(self, connection: Any) -> Any:
+        """As given: RQ would raise the time-out of every connection in the pool to seven minutes."""
+        return connection
+
+
+def _outlast(error: Exception, pubsub: Any, thread: Any) -> None:
+    """Go on listening after a fault: redis-py connects and subscribes again at the next read."""
+    log.warning("listening for RQ's commands failed, trying again: %s", error)
+    time.sleep(RECONNECT_SECONDS)

@@ -1,0 +1,38 @@
+"""What any live worker does for all: dead workers' jobs, deadlines, retries, and its share of the cores."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from jobs.store import Store
+from worker.cores import CoreShare
+from worker.outage import Every
+
+
+class Upkeep:
+    """Done by every worker in turn; each of Redis' scripts is harmless however many call it."""
+
+    def __init__(
+        self, store: Store, share: CoreShare, tick_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._share = share
+        self._every = Every(tick_seconds, clock)
+
+    @property
+    def next_seconds(self) -> float:
+        """Until it is due again."""
+        return self._every.in_seconds
+
+    def do_if_due(self) -> None:
+        """Look after the others, if it is time.
+
+        Raises:
+            StoreUnavailable: some of it is done; the rest comes next time.
+        """
+        if self._every.due():
+            self._store.reap()
+            self._store.expire()
+            self._store.promote()
+            self._share.adjust()
