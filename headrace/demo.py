@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import indent
 from typing import Any
 
 from rich.console import Console
@@ -21,6 +22,7 @@ LOOK_SECONDS = 0.25  #: between two looks in a terminal
 LINE_SECONDS = 2.0  #: between two lines elsewhere
 FIGURES_SECONDS = 15.0  #: how long the workers' last figures may take to arrive
 SHOWN_CHARACTERS = 400
+INDENT = "    "
 
 
 class Demo:
@@ -143,4 +145,4 @@ def print_answers(jobs: Sequence[Mapping[str, Any]]) -> None:
         asked = job.get("prompt") or job["messages"][-1]["content"]
         answer = job["text"] if job["status"] == "succeeded" else f"[{job['status']}] {job['error']}"
         cut = answer if len(answer) <= SHOWN_CHARACTERS else f"{answer[:SHOWN_CHARACTERS]}…"
-        print(f"\n{number:>2}. {asked.strip()}\n    {cut.strip()}".replace("\n", "\n    ").lstrip("\n"), flush=True)
+        print(f"\n{number:>2}. {indent(asked.strip(), INDENT).lstrip()}\n{indent(cut.strip(), INDENT)}", flush=True)
