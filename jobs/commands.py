@@ -89,7 +89,7 @@ def delete(job_id: str) -> Command[None]:
 
 def events(job_id: str, after: int) -> Command[list[LoggedEvent]]:
     """Read the log from event ``after + 1`` on."""
-    return Command("log", [job_id, after + 1], lambda answer: [rows.read_event(entry) for entry in answer])
+    return Command("log", [job_id, after + 1], lambda answer: [rows.read_entry(entry) for entry in answer])
 
 
 def workers() -> Command[list[WorkerCard]]:

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import redis
+
 from core.errors import HeadraceError
 from jobs.runner import AsyncRunner
 from jobs.scripting import Command
@@ -58,7 +60,7 @@ class Lane:
             answers = await self._runner.answers([command for command, _ in group], self._tail)
             if self._check is not None:
                 self._check(answers[-1])
-        except HeadraceError as error:
+        except (HeadraceError, redis.RedisError) as error:
             _tell(group, [error] * len(group))
         else:
             _tell(group, answers)

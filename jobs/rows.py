@@ -122,10 +122,14 @@ def pack_event(event: TokenEvent) -> list[str]:
     return [event.text, ids, str(event.index), logprobs]
 
 
-def read_event(entry: tuple[bytes, Sequence[bytes]]) -> LoggedEvent:
-    """One stream entry: (id, fields and values in turn)."""
-    number = int(entry[0].split(b"-")[0]) - 1
-    fields = _pairs(entry[1])
+def read_entry(entry: tuple[bytes, Sequence[bytes]]) -> LoggedEvent:
+    """One stream entry as a script answers it: id, fields and values in turn."""
+    return read_event(entry[0], _pairs(entry[1]))
+
+
+def read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> LoggedEvent:
+    """One stream entry."""
+    number = int(entry_id.split(b"-")[0]) - 1
     if b"f" in fields:
         return LoggedEvent(number=number, type="finished", fields={})
     if b"a" in fields:

@@ -100,7 +100,7 @@ class Watcher:
         if followed is None:
             return
         followed.last = entries[-1][0]
-        events = [read_event((entry_id, list(sum(fields.items(), ())))) for entry_id, fields in entries]
+        events = [read_event(entry_id, fields) for entry_id, fields in entries]
         for inbox in followed.inboxes:
             inbox.put_nowait(events)
 

@@ -27,7 +27,7 @@ local function take(id, job)
   local seconds = string.format('%.6f', NOW_US / 1000000)
   call('HSET', K.execution .. member, 'id', attempt, 'job_id', id, 'created_at', seconds, 'last_heartbeat', seconds,
     'worker_name', worker)
-  call('SADD', K.rq_worker .. worker .. ':executions', member)
+  -- Not into RQ's own set of the worker's executions: rq-dashboard 0.9 reads a current job with pickle, and answers 500.
   call('SADD', K.held .. worker, member)
   taken[#taken + 1] = {id, attempt, job.events, job.crashes, job.deadline_at and job.deadline_at - NOW or false,
     call('HMGET', key, 'data', 'kind', 'timeout', 'success_callback_name', 'failure_callback_name',

@@ -43,6 +43,7 @@ local function sweep(worker)
   if call('EXISTS', K.held .. worker) == 1 then return end
   call('ZREM', K.leases, worker)
   call('ZREM', K.marks, worker)
+  if call('GET', K.hold) == worker then call('DEL', K.hold) end
   call('DEL', K.card .. worker, K.rq_worker .. worker, K.rq_worker .. worker .. ':executions')
   call('SREM', K.rq_workers, K.rq_worker .. worker)
   call('SREM', K.queue_workers, K.rq_worker .. worker)

@@ -1,0 +1,180 @@
+"""A small world for the tests of the jobs room: a store on a real Valkey, and the few things workers and clients do."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from core.errors import HeadraceError, RequestError
+from core.request import Choice, ModelCard, Request, Result, SamplingParams, TokenEvent, Usage
+from jobs import keys
+from jobs.job import Job, JobState, NewJob
+from jobs.settings import StoreSettings
+from jobs.store import Claim, ClaimedJob, LoggedEvent, Outcome, Publication, Settlement, Store, WorkerCard
+
+CARD = ModelCard(
+    name="toy",
+    engine="instant",
+    version="0",
+    dtype="float32",
+    weights="ab" * 32,
+    kinds=("generate", "predict"),
+    text=True,
+    chat=False,
+    max_model_len=100,
+    vocab_size=10,
+)
+OTHER = dataclasses.replace(CARD, name="other")
+numbers = itertools.count()
+
+
+def settings(url: str, **changes: Any) -> StoreSettings:
+    """Times of the tests: lease 1 s, grace 0.5 s."""
+    return StoreSettings(**{"redis_url": url, "lease_seconds": 1.0, "grace_seconds": 0.5, **changes})
+
+
+def born(store: Store, *names: str, card: ModelCard = CARD) -> None:
+    """Workers with a lease."""
+    for name in names or ("w",):
+        store.birth(WorkerCard(name=name, host="h", pid=1, model=card))
+
+
+def add(store: Store, job_id: str = "", *, model: str | None = None, **fields: Any) -> Job:
+    """Submit a small job."""
+    request = Request(prompt="Once upon", model=model, params=SamplingParams(max_tokens=4))
+    new = NewJob(id=job_id or f"j{next(numbers)}", request=request, **fields)
+    return store.submit(new).job
+
+
+def take(
+    store: Store, worker: str = "w", room: int = 100, running: int = 0, card: ModelCard = CARD
+) -> list[ClaimedJob]:
+    """What a worker claims."""
+    return list(store.claim(worker, card, room, running).jobs)
+
+
+def claim(store: Store, worker: str = "w", room: int = 100, running: int = 0) -> Claim:
+    return store.claim(worker, CARD, room, running)
+
+
+def token(job_id: str, token_id: int = 1, **fields: Any) -> TokenEvent:
+    return TokenEvent(job_id=job_id, text=f"w{token_id} ", token_ids=(token_id,), **fields)
+
+
+def say(job: ClaimedJob, *token_ids: int, first: int | None = None) -> Publication:
+    """Publish tokens of a claimed job, one event each."""
+    events = [token(job.id, token_id) for token_id in token_ids]
+    start = job.next_event if first is None else first
+    return Publication(job_id=job.id, attempt=job.attempt, first=start, events=events)
+
+
+def result(text: str = "w1 ", *token_ids: int) -> Result:
+    choice = Choice(text=text, finish_reason="length", token_ids=token_ids or (1,))
+    return Result(usage=Usage(prompt_tokens=2, completion_tokens=1), choices=(choice,))
+
+
+def done(job: ClaimedJob, text: str = "w1 ") -> Settlement:
+    return Settlement(job_id=job.id, attempt=job.attempt, outcome=Outcome.SUCCEEDED, result=result(text))
+
+
+def failed(job: ClaimedJob, error: HeadraceError | None = None) -> Settlement:
+    error = error or RequestError("no")
+    return Settlement(job_id=job.id, attempt=job.attempt, outcome=Outcome.FAILED, error=error)
+
+
+def ended(job: ClaimedJob, outcome: Outcome, partial: Result | None = None) -> Settlement:
+    return Settlement(job_id=job.id, attempt=job.attempt, outcome=outcome, result=partial)
+
+
+def kill(store: Store, worker: str = "w") -> None:
+    """The worker's process dies, and its parent sees it."""
+    store.expire_lease(worker)
+
+
+def wipe_lease(client: Any, worker: str = "w", seconds: float = 0.001) -> None:
+    """The worker's lease ran out so long ago."""
+    now, micro = client.time()
+    client.zadd(keys.LEASES, {worker: now * 1000 + micro / 1000 - seconds * 1000})
+
+
+def outlast_grace(client: Any, worker: str = "w") -> None:
+    """The worker's lease was found over an hour ago."""
+    now, _ = client.time()
+    client.zadd(keys.MARKS, {worker: (now - 3600) * 1000})
+
+
+def pass_deadline(client: Any, job_id: str) -> None:
+    """The job's deadline is over."""
+    client.hset(f"{keys.JOB}{job_id}", "deadline_at", 1)
+    client.zadd(keys.DEADLINES, {job_id: 1}, xx=True)
+
+
+def types(events: Sequence[LoggedEvent]) -> str:
+    """The log as letters: s, t, f."""
+    return "".join(event.type[0] for event in events)
+
+
+def text_of(events: Sequence[LoggedEvent]) -> str:
+    return "".join(event.fields["text"] for event in events if event.type == "token")
+
+
+def numbers_of(events: Sequence[LoggedEvent]) -> list[int]:
+    return [event.number for event in events]
+
+
+def audit(client: Any) -> list[str]:
+    """What is wrong: every job is in exactly the places that its state names."""
+    problems: list[str] = []
+    index = _index(client)
+    wip = {member.decode().rpartition(":")[0] for member in client.zrange(keys.WIP, 0, -1)}
+    lists = [keys.READY, keys.SUSPECTS, *(key.decode() for key in client.keys(f"{keys.MODEL_READY}*"))]
+    waiting = {each.decode() for key in lists for each in client.lrange(key, 0, -1)}
+    scheduled = {each.decode() for each in client.zrange(keys.SCHEDULED, 0, -1)}
+    for key in client.keys(f"{keys.JOB}*"):
+        job_id = key.decode().removeprefix(keys.JOB)
+        raw = client.hgetall(key)
+        state = _state(raw)
+        problems += [f"{job_id}: indexed as {index.get(job_id)}, is {state}"] * (index.pop(job_id, []) != [state])
+        problems += [f"{job_id}: running is {state == 'running'}, in wip {job_id in wip}"] * (
+            (state == "running") != (job_id in wip)
+        )
+        if state == "queued" and (job_id in waiting) == (job_id in scheduled):
+            problems.append(f"{job_id}: queued, and in no list or in two places")
+        problems += _check_log(client, job_id, raw, state)
+    problems += [f"{job_id}: indexed as {states}, has no hash" for job_id, states in index.items()]
+    return problems
+
+
+def _index(client: Any) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key in client.keys(f"{keys.INDEX}*"):
+        for job_id in client.zrange(key, 0, -1):
+            found.setdefault(job_id.decode(), []).append(key.decode().rpartition(":")[2])
+    return found
+
+
+def _state(raw: dict[bytes, bytes]) -> str:
+    status = raw[b"status"].decode()
+    if status == "failed" and raw.get(b"reason") == b"deadline":
+        return JobState.EXPIRED.value
+    words = {"started": "running", "finished": "succeeded", "canceled": "cancelled", "stopped": "cancelled"}
+    return {**words, "scheduled": "queued"}.get(status, status)
+
+
+def _check_log(client: Any, job_id: str, raw: dict[bytes, bytes], state: str) -> list[str]:
+    entries = client.xrange(f"{keys.EVENTS}{job_id}")
+    ids = [int(entry_id.split(b"-")[0]) for entry_id, _ in entries]
+    ends = [number for number, (_, fields) in zip(ids, entries, strict=True) if b"f" in fields]
+    problems = []
+    if ids and (ids != list(range(ids[0], ids[0] + len(ids))) or ids[-1] != int(raw[b"events"])):
+        problems.append(f"{job_id}: log has holes: {ids}")
+    if state in ("queued", "running") and ends and ends != ids[-1:]:
+        problems.append(f"{job_id}: finished in the middle")
+    if state not in ("queued", "running") and ends != ids[-1:]:
+        problems.append(f"{job_id}: {state}, and finished {len(ends)} times")
+    results = [fields for _, fields in client.xrange(f"{keys.RESULTS}{job_id}") if fields[b"type"] == b"1"]
+    if len(results) != (state == "succeeded"):
+        problems.append(f"{job_id}: {state} with {len(results)} results")
+    return problems
