@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from core.batch import Batch, Span
 from core.errors import EngineError
@@ -153,13 +153,13 @@ def _attend_span(current: Pass, span: Span, query: Tensor, keys: Tensor, values:
     keys, values = keys[:, end - seen : end], values[:, end - seen : end]
     if span.rows == 1 and look.softcap is None:
         query = query.squeeze(2).unsqueeze(0)  # the group's heads as rows of one head: keys are read once
-        return F.scaled_dot_product_attention(query, keys.unsqueeze(0), values.unsqueeze(0), scale=look.scale)
+        return scaled_dot_product_attention(query, keys.unsqueeze(0), values.unsqueeze(0), scale=look.scale)
     mask = None if span.rows == 1 else current.mask(span, look.window, query)
     group = (query.shape[0], query.shape[1], seen, -1)
     keys, values = keys.unsqueeze(1).expand(group), values.unsqueeze(1).expand(group)
     if look.softcap is not None:
         return _softcapped(query, keys, values, mask, look).permute(2, 0, 1, 3)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=look.scale).permute(2, 0, 1, 3)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=look.scale).permute(2, 0, 1, 3)
 
 
 def _softcapped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, look: _Look) -> Tensor:

@@ -1,4 +1,4 @@
-"""One job while it is computed: tokens, and how far the model has got through them. Knows no tensor and no text rule."""
+"""One job while it is computed: tokens, and how far the model has got through them. Knows no tensor."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def _compare(model: Any, texts: list[list[int]], expected: list[Tensor], cache: 
         step = Step(tuple(Slice(sequence, *cut) for sequence, cut in zip(sequences, cuts, strict=True)))
         batch = build_batch(step, torch.device("cpu"))
         keep = [list(range(max(span.first, span.last - _COMPARED), span.last)) for span in batch.spans]
-        batch = dataclasses.replace(batch, keep=torch.tensor(sum(keep, [])))
+        batch = dataclasses.replace(batch, keep=torch.tensor([row for rows in keep for row in rows]))
         output = model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -108,7 +109,7 @@ def _compare(model: Any, texts: list[list[int]], expected: list[Tensor], cache: 
 def _cuts(tokens: int) -> list[tuple[int, int]]:
     """A slice from the start, single tokens, a slice again: every way a text passes through a step."""
     edges = [0, tokens // 2, tokens // 2 + 1, tokens // 2 + 2, tokens - 1, tokens]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def _sequence(text: list[int], run: Run) -> Sequence:

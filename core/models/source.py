@@ -127,7 +127,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 def _from_hub(name: str, revision: str, token: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
