@@ -24,7 +24,7 @@ class Presence:
         beat_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.suspended = True  #: by ``rq suspend``; nothing is claimed before the first beat has told otherwise
+        self.suspended = False  #: by ``rq suspend``, as the last beat heard: the first one comes before any claim
         self._card = card
         self._store = store
         self._rq = rq
