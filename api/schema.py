@@ -103,6 +103,10 @@ class PredictInput(Body):
     token_ids: TokenIds
 
 
+class NoParams(Body):
+    """Nothing is drawn, so nothing can be said about how."""
+
+
 class JobFields(Body):
     """What every kind of job may say."""
 
@@ -144,6 +148,7 @@ class PredictBody(JobFields):
 
     kind: Literal["predict"]
     input: PredictInput
+    params: NoParams | None = None
 
 
 class TextBody(Body):

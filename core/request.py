@@ -176,7 +176,7 @@ class Request:
         return cls(
             kind=actual,
             model=fields.get("model"),
-            params=SamplingParams.from_wire(fields.get("params") or {}),
+            params=SamplingParams.from_wire({} if fields.get("params") is None else fields["params"]),
             **_read_input(asked),
         )
 

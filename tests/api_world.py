@@ -86,7 +86,7 @@ def front(redis_url: str, **settings: Any) -> Iterator[httpx2.Client]:
 @contextlib.contextmanager
 def worker(redis_url: str, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
     """A worker process with the instant engine."""
-    named = {"redis_url": redis_url, "engine": "instant", "model": "toy", "instant_step_ms": 5, **settings}
+    named = {"redis_url": redis_url, "engine": "instant", "model": "instant", "instant_step_ms": 5, **settings}
     environment = {**os.environ, **{f"HEADRACE_{name.upper()}": str(value) for name, value in named.items()}}
     process = subprocess.Popen([sys.executable, "-m", "worker"], cwd=ROOT, env=environment)
     try:

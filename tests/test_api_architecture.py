@@ -38,5 +38,5 @@ def test_no_route_runs_in_a_thread() -> None:
     calls = [route.endpoint for route in routes]
     calls += [needed.call for route in routes for needed in route.dependant.dependencies if needed.call is not None]
 
-    assert len(routes) >= 15
+    assert len(routes) >= 14
     assert [call.__name__ for call in calls if not inspect.iscoroutinefunction(call)] == []

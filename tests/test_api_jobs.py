@@ -22,7 +22,7 @@ def test_a_submitted_job_is_answered_202_with_where_and_when_to_look(api: httpx2
     assert answer.headers["location"] == job["urls"]["self"] == f"/v1/jobs/{job['id']}"
     assert 1 <= int(answer.headers["retry-after"]) <= 120
     assert job["status"] in ("queued", "running", "succeeded")
-    assert job["model"] == "toy"
+    assert job["model"] == "instant"
 
 
 def test_a_job_waited_for_comes_with_its_result(api: httpx2.Client) -> None:
@@ -65,7 +65,7 @@ def test_respond_async_is_said_to_be_applied(lonely: httpx2.Client) -> None:
 def test_the_same_body_under_the_same_id_is_one_job(api: httpx2.Client) -> None:
     job_id = fresh_id()
     first = api.put(f"/v1/jobs/{job_id}", json=GENERATE)
-    second = api.put(f"/v1/jobs/{job_id}", json={**GENERATE, "model": "TOY"})
+    second = api.put(f"/v1/jobs/{job_id}", json={**GENERATE, "model": "INSTANT"})
 
     assert first.status_code == 202
     assert second.status_code == 200
@@ -212,6 +212,10 @@ def test_a_list_holds_only_the_states_and_kinds_asked_for(lonely: httpx2.Client)
     assert predicted == {"object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False}
 
 
+def test_a_page_behind_an_unknown_job_is_404(lonely: httpx2.Client) -> None:
+    assert lonely.get("/v1/jobs?after=unknown").status_code == 404
+
+
 def test_a_list_can_be_narrowed_to_a_reason(lonely: httpx2.Client) -> None:
     assert lonely.get("/v1/jobs?status=failed&reason=poison_job").json()["data"] == []
 
@@ -231,7 +235,7 @@ def test_a_model_no_worker_serves_is_404_naming_those_served(api: httpx2.Client)
 
     assert answer.status_code == 404
     assert answer.json()["error"] == {
-        "message": "model 'gpt-99': no worker serves it; served now: toy",
+        "message": "model 'gpt-99': no worker serves it; served now: instant",
         "type": "not_found_error",
         "param": "model",
         "code": "model_not_found",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic_core import to_json
 
@@ -54,7 +54,7 @@ inputs = st.fixed_dictionaries(
         "token_ids": token_ids | st.none(),
     },
 )
-bodies = st.fixed_dictionaries(
+bodies: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"kind": st.sampled_from(["generate", "predict", "dream", None])},
     optional={
         "model": st.sampled_from(["m", "", "m" * 257, None, 4]),
@@ -78,8 +78,19 @@ def read_by_core(body: object) -> Request | HeadraceError:
         return error
 
 
+PREDICT = {"kind": "predict", "input": {"token_ids": [1]}}
+
+
 @settings(max_examples=600, deadline=None)
 @given(bodies)
+@example({**PREDICT})
+@example({**PREDICT, "params": {}})
+@example({**PREDICT, "params": None})
+@example({**PREDICT, "params": []})
+@example({**PREDICT, "params": {"max_tokens": 1}})
+@example({**PLAIN, "params": []})
+@example({**PLAIN, "model": None})
+@example({"kind": "generate", "input": {"prompt": None, "messages": [{"role": "user", "content": "a"}]}})
 def test_the_schema_lets_through_exactly_what_core_reads(body: dict[str, Any]) -> None:
     ours, cores = read(body), read_by_core(body)
 

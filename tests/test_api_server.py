@@ -14,8 +14,10 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import redis
 
 from tests.api_world import submit
+from tests.conftest import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,16 +76,15 @@ def test_sigterm_answers_what_is_held_open_and_exits_0(process: tuple[subprocess
     assert job["id"] in log
 
 
-def test_an_evicting_redis_is_refused_at_start_by_name(valkey_url: str) -> None:
-    import redis
-
-    with redis.Redis.from_url(valkey_url) as client:
+def test_an_evicting_redis_is_refused_at_start_by_name(own_valkey: Server) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        client.config_set("maxmemory", "100mb")
         client.config_set("maxmemory-policy", "allkeys-lru")
-        try:
-            running = start(redis_url=valkey_url, port=free_port())
-            _, log = running.communicate(timeout=30)
-        finally:
-            client.config_set("maxmemory-policy", "noeviction")
+    running = start(redis_url=own_valkey.url, port=free_port())
+    try:
+        _, log = running.communicate(timeout=30)
+    finally:
+        running.kill()
 
     assert running.returncode == 2
     assert "maxmemory-policy" in log

@@ -57,7 +57,7 @@ def test_a_dead_redis_makes_the_server_unready_and_not_dead(own_valkey: Server) 
 def test_models_are_those_of_live_workers(api: httpx2.Client, lonely: httpx2.Client) -> None:
     [model] = api.get("/v1/models").json()["data"]
 
-    assert (model["id"], model["object"], model["engine"]) == ("toy", "model", "instant")
+    assert (model["id"], model["object"], model["engine"]) == ("instant", "model", "instant")
     assert lonely.get("/v1/models").json() == {"object": "list", "data": []}
 
 
@@ -67,7 +67,7 @@ def test_workers_have_a_name_a_place_and_a_state(api: httpx2.Client) -> None:
     assert worker["name"]
     assert worker["host"]
     assert worker["pid"] > 0
-    assert worker["model"] == "toy"
+    assert worker["model"] == "instant"
     assert worker["state"] in ("idle", "busy")
     assert worker["running"] >= 0
     assert worker["stats"].keys() >= {"steps", "generated_tokens", "decode_rows"}
