@@ -25,6 +25,12 @@ def command(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", module, *arguments)
 
 
+def fetch_command(settings: Settings) -> tuple[str, ...]:
+    """Put the model into the cache, with a progress bar on standard error."""
+    revision = ("--revision", settings.revision) if settings.revision else ()
+    return command("core.models.source", settings.model, *revision)
+
+
 def tethered(argv: tuple[str, ...], death_signal: str = "KILL") -> tuple[str, ...]:
     """The same command, ended by the kernel when the process that started it dies (on Linux; elsewhere as it was)."""
     if sys.platform != "linux":

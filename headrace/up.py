@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import httpx2
 
 from headrace.embedded import DataFolder, find_server
-from headrace.rooms import command, environment, tethered
+from headrace.rooms import command, environment, fetch_command, tethered
 from headrace.settings import SettingError, Settings
 from headrace.supervise import Child, PermanentFailure, Role
 
@@ -134,9 +134,8 @@ class House:
         """Have the model in the cache before several workers want it at once; its progress goes to the terminal."""
         if self._settings.engine != "torch":
             return
-        argv = command("core.models.source", self._settings.model)
         self._fetch = await asyncio.create_subprocess_exec(
-            *tethered(argv),
+            *tethered(fetch_command(self._settings)),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             env=environment(self._settings, self._inherited),
@@ -181,9 +180,7 @@ class House:
                 os.killpg(self._fetch.pid, signal.SIGKILL)
             await self._fetch.wait()
         if self._workers and self._failure is None:
-            self._terminal.log(
-                "headrace", f"draining for up to {self._settings.drain_seconds:g} s; again hands jobs back"
-            )
+            self._terminal.note(f"draining for up to {self._settings.drain_seconds:g} s; again hands jobs back")
         patience = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
         await asyncio.gather(*(worker.stop(patience) for worker in self._workers))
         if self._api is not None:

@@ -20,7 +20,7 @@ def init(invocation: Invocation) -> int:
     """Fetch the model, write a key where there is none, and say how to ask."""
     settings, arguments = invocation.settings, invocation.arguments
     if settings.engine == "torch":
-        argv = rooms.command("core.models.source", settings.model)
+        argv = rooms.fetch_command(settings)
         environment = rooms.environment(settings, invocation.environ)
         if code := subprocess.run(argv, env=environment, stdout=subprocess.DEVNULL, check=False).returncode:
             raise SettingError(

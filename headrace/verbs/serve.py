@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 import sys
 
 from headrace import rooms
@@ -25,6 +26,8 @@ API_SETTINGS = (
     *("max_body_bytes", "max_wait_seconds", "result_ttl_seconds", "predict_wait_seconds"),
     *("max_streams", "heartbeat_seconds"),
 )
+#: What Valkey says whatever its log level, and nobody has to act on.
+CHATTER = re.compile("Reading config from stdin|Memory overcommit|Received SIGTERM|is now ready to exit")
 COLOURS = {"headrace": 1, "valkey": 35, "api": 36, "worker": 32}
 
 
@@ -34,6 +37,8 @@ def up(invocation: Invocation) -> int:
     quiet = settings.log_level in ("warning", "error")
 
     def log(name: str, line: str) -> None:
+        if quiet and name == "valkey" and CHATTER.search(line):
+            return
         print(_prefixed(name, line), file=sys.stderr, flush=True)
 
     def note(line: str) -> None:
