@@ -6,7 +6,8 @@ It ships for load tests, crash tests and people who try the queue before they ha
     !crash      kills the process (SIGKILL) when the job is stepped: a poison job
     !crash 3    … once it has 3 tokens
     !fail       ends the job with an EngineError
-    !hang       never returns from the step
+    !raise      the step raises: an engine with a fault
+    !hang       the step never returns
 """
 
 from __future__ import annotations
@@ -188,6 +189,8 @@ def _obey_prompt(sequence: InstantSequence) -> EngineError | None:
     word, _, count = (sequence.request.prompt or "").partition(" ")
     if word == "!crash" and len(sequence.tokens) >= (int(count) if count.isdecimal() else 0):
         os.kill(os.getpid(), signal.SIGKILL)
+    if word == "!raise":
+        raise RuntimeError("the prompt asked for a fault")
     while word == "!hang":
         time.sleep(3600)
     return EngineError("the prompt asked for a failure") if word == "!fail" else None

@@ -164,6 +164,14 @@ def test_a_prompt_may_ask_for_a_failure() -> None:
     assert isinstance(events[0].error, EngineError)
 
 
+def test_a_prompt_may_make_the_step_raise() -> None:
+    engine = InstantEngine()
+    engine.add("a", ask("!raise"))
+
+    with pytest.raises(RuntimeError, match="asked for a fault"):
+        engine.step()
+
+
 @pytest.mark.parametrize(("prompt", "tokens"), [("!crash", 0), ("!crash 3", 3)])
 def test_a_prompt_may_kill_the_process(prompt: str, tokens: int) -> None:
     program = f"""

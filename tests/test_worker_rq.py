@@ -6,10 +6,7 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -25,53 +22,8 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from core.instant import InstantConfig, InstantEngine
-from jobs.settings import StoreSettings
 from tests.conftest import Server, start_valkey
-from worker.engine_process import build
-from worker.settings import WorkerSettings
-from worker.stop import Stop
-
-
-@contextmanager
-def working(url: str, *, step_ms: float = 2, name: str = "w1") -> Iterator[Stop]:
-    """A worker in a thread of this process."""
-    settings = WorkerSettings(lease_seconds=1, tick_seconds=0.1, drain_seconds=0, worker_name=name, engine="instant")
-    stop = Stop(settings.drain_seconds)
-    engine = InstantEngine(InstantConfig(step_seconds=step_ms / 1000))
-    worker = build(settings, StoreSettings(redis_url=url, lease_seconds=1, grace_seconds=0.3), engine, stop)
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
-        yield stop
-    finally:
-        stop.request()
-        thread.join(10)
-        assert not thread.is_alive()
-
-
-def put(client: redis.Redis, prompt: str, **params: Any) -> Job:
-    """What a program that has only rq does."""
-    queue = rq.Queue("generate", connection=client, serializer=JSONSerializer)
-    return queue.enqueue("headrace.generate", {"input": {"prompt": prompt}, "params": params})
-
-
-def await_status(job: Job, *wanted: str) -> str:
-    def read() -> str | None:
-        status = str(job.get_status(refresh=True).value)
-        return status if status in wanted else None
-
-    return str(eventually(read))
-
-
-def eventually(read: Callable[[], Any], seconds: float = 20) -> Any:
-    """What ``read`` gives once it gives something true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := read():
-            return value
-        time.sleep(0.01)
-    raise AssertionError("it did not happen")
+from tests.worker_world import await_status, eventually, put, working
 
 
 def command_line(url: str, *arguments: str) -> str:

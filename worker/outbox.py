@@ -51,8 +51,9 @@ class Outbox:
 
     def finish(self, running: Running, result: Result) -> None:
         """Take the result of a job; how it ended is in its choices, or was asked for before there was one."""
+        complete = result.token_ids is not None and len(result.token_ids) == result.usage.prompt_tokens
         reason = result.choices[0].finish_reason if result.choices else running.ending
-        outcome = Outcome.SUCCEEDED if reason is None or result.token_ids is not None else OUTCOMES[reason]
+        outcome = Outcome.SUCCEEDED if complete or reason is None else OUTCOMES[reason]
         settlement = Settlement(job_id=running.job_id, attempt=running.attempt, outcome=outcome, result=result)
         self._settlements[running.job_id] = settlement
 

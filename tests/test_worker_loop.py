@@ -1,0 +1,202 @@
+"""What the loop promises, with a worker in a thread, a real Valkey and the store on both sides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from core.instant import InstantConfig, InstantEngine
+from core.protocol import NOTHING_EMITTED
+from core.request import Emitted, Kind, Request, SamplingParams
+from jobs.job import FINAL, Job, JobState, NewJob
+from jobs.store import Store, WorkerCard
+from tests.worker_world import eventually, store_settings, working
+
+
+@pytest.fixture
+def store(valkey_url: str) -> Iterator[Store]:
+    store = Store.connect(store_settings(valkey_url))
+    yield store
+    store.close()
+
+
+def submit(store: Store, job_id: str, prompt: str = "x", seconds: float | None = None, **params: Any) -> str:
+    request = Request(prompt=prompt, params=SamplingParams.from_wire(params))
+    store.submit(NewJob(id=job_id, request=request, deadline_seconds=seconds))
+    return job_id
+
+
+def ended(store: Store, job_id: str) -> Job:
+    def read() -> Job | None:
+        job = store.get(job_id)
+        return job if job.state in FINAL else None
+
+    job: Job = eventually(read, f"end of {job_id}")
+    return job
+
+
+def published(store: Store, job_id: str, count: int = 3) -> None:
+    eventually(lambda: store.get(job_id).tokens_generated >= count, "tokens")
+
+
+def text_of(store: Store, job_id: str) -> str:
+    """The stream's text, its numbers checked."""
+    events = store.events(job_id)
+    assert [event.number for event in events] == list(range(len(events)))
+    assert [event.type for event in events].count("finished") == 1
+    return "".join(event.fields["text"] for event in events if event.type == "token")
+
+
+def test_many_jobs_of_both_kinds_succeed_once_and_in_batches(store: Store, valkey_url: str) -> None:
+    ids = [submit(store, f"j{n}", f"prompt {n}", max_tokens=1 + n % 30) for n in range(100)]
+    store.submit(NewJob(id="p", request=Request(kind=Kind.PREDICT, token_ids=(12, 7))))
+    engine = InstantEngine(InstantConfig(step_seconds=0.001))
+    with working(valkey_url, engine):
+        jobs = [ended(store, job_id) for job_id in [*ids, "p"]]
+        card = eventually(
+            lambda: next((c for c in store.workers() if c.stats.get("steps") == engine.stats.steps), None)
+        )
+
+    assert {(job.state, job.attempt) for job in jobs} == {(JobState.SUCCEEDED, 1)}
+    assert [job.tokens_generated for job in jobs] == [1 + n % 30 for n in range(100)] + [0]
+    assert (jobs[-1].result or {})["token_ids"] == [85, 50]
+    assert max(engine.stats.decode_rows) >= 30
+    assert card.stats["decode_rows"] == {str(rows): steps for rows, steps in engine.stats.decode_rows.items()}
+    assert 0 < card.stats["loop_seconds"] < 20
+    assert card.stats["step_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "state", "reason"), [(None, "cancelled", "cancelled"), (1.0, "expired", "deadline")]
+)
+def test_a_running_job_that_is_ended_early_keeps_what_it_has(
+    store: Store, valkey_url: str, seconds: float | None, state: str, reason: str
+) -> None:
+    with working(valkey_url, step_ms=10):
+        submit(store, "a", max_tokens=100_000, seconds=seconds, stop=["never"])
+        submit(store, "b", max_tokens=40)
+        published(store, "a")
+        if seconds is None:
+            store.cancel("a")
+        job, neighbour = ended(store, "a"), ended(store, "b")
+
+    assert (job.state, neighbour.state) == (JobState(state), JobState.SUCCEEDED)
+    [choice] = (job.result or {})["choices"]
+    assert choice["finish_reason"] == reason
+    assert choice["text"] == text_of(store, "a") != ""
+
+
+def test_a_request_that_cannot_be_computed_fails_at_once_by_name(store: Store, valkey_url: str) -> None:
+    store.submit(NewJob(id="a", request=Request(kind=Kind.PREDICT, token_ids=(5000,))))
+    submit(store, "f", "!fail")
+    with working(valkey_url):
+        refused, failed = ended(store, "a"), ended(store, "f")
+
+    assert refused.state is failed.state is JobState.FAILED
+    assert (refused.error or {})["code"] == "invalid_field"
+    assert (refused.error or {})["param"] == "input.token_ids"
+    assert (failed.error or {})["code"] == "engine_error"
+
+
+def test_a_handed_back_job_goes_on_to_the_same_text(store: Store, valkey_url: str) -> None:
+    submit(store, "a", max_tokens=120, temperature=1.0, stop=["never ever"], logprobs=1)
+    for _ in range(3):
+        with working(valkey_url, step_ms=5):
+            before = store.get("a").tokens_generated
+            eventually(lambda before=before: store.get("a").tokens_generated > before + 5)  # type: ignore[misc]
+    with working(valkey_url):
+        job = ended(store, "a")
+    submit(store, "b")
+    undisturbed = InstantEngine()
+    undisturbed.add("a", Request(prompt="x", params=SamplingParams(max_tokens=120, temperature=1.0, logprobs=1)))
+    while not undisturbed.idle:
+        last = undisturbed.step()[-1]
+
+    assert job.attempt == 4
+    assert job.crashes == 0
+    assert job.result == last.result.to_wire()  # type: ignore[union-attr]
+    assert text_of(store, "a") == (job.result or {})["choices"][0]["text"]
+
+
+def test_another_engine_does_not_go_on_with_an_answer_until_a_retry(store: Store, valkey_url: str) -> None:
+    submit(store, "a", max_tokens=100)
+    with working(valkey_url, step_ms=10):
+        published(store, "a")
+    other = InstantEngine()
+    other.card = dataclasses.replace(other.card, dtype="bfloat16")
+    with working(valkey_url, other):
+        job = ended(store, "a")
+        store.retry("a")
+        again = ended(store, "a")
+
+    assert (job.error or {})["code"] == "engine_changed"
+    assert "retry" in (job.error or {})["message"]
+    assert again.state is JobState.SUCCEEDED
+    assert (again.result or {})["usage"]["completion_tokens"] == 100
+
+
+class Witness(InstantEngine):
+    """Remembers each job that joined, and how many tokens had been drawn by then."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(InstantConfig(**config))
+        self.joined: dict[str, int] = {}
+        self.beside: dict[str, int] = {}  # how many others ran when it joined
+
+    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
+        self.joined[job_id] = self.stats.generated_tokens
+        self.beside[job_id] = len(self._sequences)
+        super().add(job_id, request, emitted)
+
+
+def make_suspect(store: Store, job_id: str) -> None:
+    """Two workers die with it before it has a token."""
+    card = InstantEngine().card
+    for name in ("doomed", "damned"):
+        store.birth(WorkerCard(name=name, host="h", pid=1, model=card))
+        assert [job.id for job in store.claim(name, card, 1, 0).jobs] == [job_id]
+        store.expire_lease(name)
+    assert store.get(job_id).crashes == 2
+
+
+def test_a_suspect_starts_alone_and_others_join_after_two_tokens(store: Store, valkey_url: str) -> None:
+    submit(store, "suspect", max_tokens=30)
+    make_suspect(store, "suspect")
+    ids = [submit(store, f"j{n}") for n in range(5)]
+    engine = Witness(step_seconds=0.005)
+    with working(valkey_url, engine):
+        states = {ended(store, job_id).state for job_id in [*ids, "suspect"]}
+
+    assert states == {JobState.SUCCEEDED}
+    assert engine.joined == {"suspect": 0, **dict.fromkeys(ids, 2)}
+
+
+def test_a_waiting_suspect_gets_an_empty_worker_though_the_queue_does_not_end(store: Store, valkey_url: str) -> None:
+    engine = Witness(step_seconds=0.005, max_running=4)
+    with working(valkey_url, engine):
+        for n in range(4):
+            published(store, submit(store, f"first{n}", max_tokens=200))
+        submit(store, "suspect", max_tokens=3)
+        make_suspect(store, "suspect")
+        ids = [submit(store, f"j{n}", max_tokens=20 + n % 60) for n in range(120)]
+        job = ended(store, "suspect")
+
+    assert job.state is JobState.SUCCEEDED
+    assert engine.beside["suspect"] == 0
+    assert any(job_id not in engine.joined for job_id in ids), "the queue ended: the test proved nothing"
+
+
+def test_jobs_of_a_claim_whose_reply_was_lost_are_handed_back(store: Store, valkey_url: str) -> None:
+    engine = InstantEngine(InstantConfig(step_seconds=0.005, max_running=1))
+    with working(valkey_url, engine):
+        submit(store, "long", max_tokens=200)
+        published(store, "long")
+        submit(store, "lost")
+        assert [job.id for job in store.claim("w1", engine.card, 1, 1).jobs] == ["lost"]
+        lost, long = ended(store, "lost"), ended(store, "long")
+
+    assert (lost.state, lost.attempt, lost.crashes) == (JobState.SUCCEEDED, 2, 0)
+    assert long.attempt == 1
