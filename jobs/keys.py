@@ -28,7 +28,7 @@ SCHEDULED = f"rq:scheduled:{QUEUE}"  #: zset of ids by the second they are due
 DEFERRED = f"rq:deferred:{QUEUE}"
 SUSPENDED = "rq:suspended"  #: exists while ``rq suspend`` holds
 PUBSUB = "rq:pubsub:"  #: + worker: channel of RQ's commands
-RQ_WORKER = "rq:worker:"  #: + worker: hash that RQ's registration keeps; + worker:executions: set of id:attempt
+RQ_WORKER = "rq:worker:"  #: + worker: hash that RQ's registration keeps
 RQ_WORKERS = "rq:workers"  #: set of RQ_WORKER keys
 QUEUE_WORKERS = f"rq:workers:{QUEUE}"
 
@@ -37,7 +37,7 @@ EVENTS = "headrace:events:"  #: + id: stream; event n is entry <n+1>-0
 INDEX = "headrace:index:"  #: + kind:state: zset of ids by creation (microseconds); a job is in exactly one
 LEASES = "headrace:leases"  #: zset of workers by the end of their lease (milliseconds); 0: seen dead
 MARKS = "headrace:marks"  #: zset of workers by the time their lease was first found over
-HELD = "headrace:held:"  #: + worker: set of id:attempt it runs; RQ's own such set may expire, this one does not
+HELD = "headrace:held:"  #: + worker: set of id:attempt it runs; instead of RQ's own such set, which expires
 CARD = "headrace:worker:"  #: + worker: hash, what /v1/workers shows
 MODELS = "headrace:models"  #: hash name -> card, of every model ever served
 DEADLINES = "headrace:deadlines"  #: zset of queued ids by deadline (milliseconds)

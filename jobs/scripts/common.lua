@@ -108,10 +108,7 @@ local function drop(id, attempt, worker)
   call('ZREM', K.wip, member)
   call('ZREM', K.executions .. id, attempt)
   call('DEL', K.execution .. member)
-  if worker then
-    call('SREM', K.held .. worker, member)
-    call('SREM', K.rq_worker .. worker .. ':executions', member)
-  end
+  if worker then call('SREM', K.held .. worker, member) end
 end
 
 local function unlist(id)
