@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import httpx2
 import pytest
+import redis
+import rq.job
+import rq.serializers
 
 from tests.api_world import events_of, finish, front, read_events, submit
 
@@ -108,6 +111,19 @@ def test_a_stream_opened_before_the_job_is_claimed_ends_with_its_cancellation(lo
     assert [event.type for event in events] == ["finished"]
     assert events[0].number == 0
     assert events[0].fields["job"]["status"] == "cancelled"
+
+
+def test_a_job_that_rqs_own_tools_end_ends_its_stream_too(valkey: redis.Redis, valkey_url: str) -> None:
+    with front(valkey_url) as client:
+        job = submit(client)
+        with client.stream("GET", job["urls"]["events"]) as stream:
+            rq.job.Job.fetch(job["id"], connection=valkey, serializer=rq.serializers.JSONSerializer).cancel()
+            events = list(read_events(stream.iter_lines()))
+        again = client.get(job["urls"]["events"], headers={"last-event-id": "0"})
+
+    assert [(event.number, event.type) for event in events] == [(0, "finished")]
+    assert events[0].fields["job"]["status"] == "cancelled"
+    assert again.status_code == 204
 
 
 def test_heartbeats_are_comments(lonely_with_heartbeats: httpx2.Client) -> None:
