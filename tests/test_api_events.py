@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from typing import cast
 
+import anyio
 import httpx2
 import pytest
 import redis
 import rq.job
 import rq.serializers
 
+from api.app import create_app
+from api.settings import ApiSettings
+from core.request import Kind
+from jobs.async_store import AsyncStore
+from jobs.job import Job, JobState
+from jobs.reports import LoggedEvent
 from tests.api_world import events_of, finish, front, read_events, submit
 
 pytest_plugins = ("tests.api_world",)
@@ -124,6 +132,36 @@ def test_a_job_that_rqs_own_tools_end_ends_its_stream_too(valkey: redis.Redis, v
     assert [(event.number, event.type) for event in events] == [(0, "finished")]
     assert events[0].fields["job"]["status"] == "cancelled"
     assert again.status_code == 204
+
+
+class CutLog:
+    """A store that has a job's end but not the event of it."""
+
+    async def get(self, job_id: str) -> Job:
+        return Job(id=job_id, kind=Kind.GENERATE, state=JobState.CANCELLED, created_at=0.0)
+
+    async def events(self, job_id: str, after: int) -> list[LoggedEvent]:
+        log = [LoggedEvent(number=0, type="started", fields={}), LoggedEvent(number=1, type="token", fields={})]
+        return log[after + 1 :]
+
+    async def watch(self, job_id: str, after: int) -> AsyncGenerator[list[LoggedEvent], None]:
+        if log := await self.events(job_id, after):
+            yield log
+
+
+@pytest.mark.parametrize(("after", "numbers"), [(-1, [0, 1, 2]), (0, [1, 2]), (1, [2]), (2, [])])
+def test_a_stream_ends_with_the_job_even_where_the_log_does_not(after: int, numbers: list[int]) -> None:
+    async def get() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app=create_app(ApiSettings(), cast("AsyncStore", CutLog())))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get(f"/v1/jobs/a/events?after={after}")
+
+    answer = anyio.run(get)
+    events = list(read_events(answer.iter_lines()))
+
+    assert [event.number for event in events] == numbers
+    assert [event.type for event in events[-1:]] == ["finished"] * bool(numbers)
+    assert answer.status_code == (200 if numbers else 204)
 
 
 def test_heartbeats_are_comments(lonely_with_heartbeats: httpx2.Client) -> None:
