@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -200,3 +201,31 @@ def test_jobs_of_a_claim_whose_reply_was_lost_are_handed_back(store: Store, valk
 
     assert (lost.state, lost.attempt, lost.crashes) == (JobState.SUCCEEDED, 2, 0)
     assert long.attempt == 1
+
+
+def test_an_idle_worker_hardly_talks_and_yet_sees_a_job_at_once(
+    store: Store, valkey: redis.Redis, valkey_url: str
+) -> None:
+    def commands() -> int:
+        return int(valkey.info("stats")["total_commands_processed"])
+
+    with working(valkey_url):
+        submit(store, "warm")
+        ended(store, "warm")
+        before, start = commands(), time.monotonic()
+        time.sleep(1)  # idleness itself is measured
+        spent = (commands() - before) / (time.monotonic() - start)
+        submit(store, "a", max_tokens=1)
+        job = ended(store, "a")
+
+    assert spent < 300, f"{spent:.0f} commands a second, ticks of 0.1 s included"
+    assert (job.started_at or 0) - job.created_at < 0.5
+
+
+def test_a_worker_that_rq_forgot_appears_again(store: Store, valkey: redis.Redis, valkey_url: str) -> None:
+    with working(valkey_url):
+        eventually(lambda: valkey.sismember("rq:workers", "rq:worker:w1"))
+        valkey.delete("rq:worker:w1")
+        valkey.srem("rq:workers", "rq:worker:w1")
+
+        eventually(lambda: valkey.sismember("rq:workers", "rq:worker:w1") and valkey.hget("rq:worker:w1", "birth"))

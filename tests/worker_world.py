@@ -82,7 +82,7 @@ def worker(url: str, folder: Path, **settings: object) -> Iterator[WorkerProcess
         parent = subprocess.Popen(command, env=environ, stdout=out, stderr=out, cwd=folder)
     process = WorkerProcess(name, parent, log, client)
     try:
-        eventually(lambda: client.keys(f"rq:worker:{name}-*"), "registration", log)
+        eventually(lambda: client.keys(f"rq:worker:{name}-*"), "registration", log, seconds=90)  # torch loads slowly
         yield process
     finally:
         children = process.children() if parent.poll() is None else []
@@ -182,5 +182,9 @@ def store_settings(url: str) -> StoreSettings:
 
 def put(client: redis.Redis, prompt: str, **params: Any) -> Job:
     """What a program that has only rq does."""
+    return put_wire(client, {"input": {"prompt": prompt}, "params": params})
+
+
+def put_wire(client: redis.Redis, wire: dict[str, Any]) -> Job:
     queue = rq.Queue("generate", connection=client, serializer=JSONSerializer)
-    return queue.enqueue("headrace.generate", {"input": {"prompt": prompt}, "params": params})
+    return queue.enqueue("headrace.generate", wire)
