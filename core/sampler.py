@@ -96,7 +96,8 @@ def keep(logits: Tensor, draws: Sequence[Draw], candidates: int) -> Kept:
     kept[:, 0] = True
     last = weights.shape[1] - 1
     past = (top_k <= last + 1) | ((reached[:, -1:] >= top_p * total) & (top_p < 1)) | (weights[:, -1:] < min_p)
-    decided = past.squeeze(1) | (last + 1 == vocab)
+    known = (top_k <= last + 1) | (top_k >= vocab) | (top_p >= 1)  # else the sum that top-p is a share of is not
+    decided = (past & known).squeeze(1) | (last + 1 == vocab)
     return Kept(token_ids, weights.masked_fill(~kept, 0.0), decided)
 
 

@@ -67,7 +67,7 @@ def resolve(name: str, *, revision: str = "", token: str = "") -> Path:
     if wheel := ALIASES.get(name.lower()):
         return _from_wheel(wheel)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder.resolve()
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise ModelNotFound(name, f"no such folder; short names are {', '.join(ALIASES)}")
