@@ -31,6 +31,7 @@ from tests.jobs_world import (
     ended,
     failed,
     kill,
+    pass_deadline,
     result,
     say,
     settings,
@@ -352,6 +353,22 @@ def test_a_requeued_job_outlives_its_old_retention(store: Store, valkey: redis.R
 
     assert valkey.ttl("rq:job:a") == -1
     assert [job.attempt for job in take(store)] == [2]
+
+
+def test_a_requeued_job_that_had_expired_gets_its_whole_time_again(store: Store, valkey: redis.Redis) -> None:
+    for job_id in ("a", "b"):
+        add(store, job_id, deadline_seconds=60)
+        pass_deadline(valkey, job_id)
+    store.expire()
+    for job_id in ("a", "b"):
+        fetch(valkey, job_id).requeue()
+    store.cancel("b")
+    [job] = take(store)
+
+    assert job.id == "a"
+    assert job.deadline_in_seconds == pytest.approx(60, abs=1)
+    assert types(store.events("b")) == "f"
+    assert audit(valkey) == []
 
 
 def test_rqs_delete_leaves_nothing_that_a_list_would_show(store: Store, valkey: redis.Redis) -> None:

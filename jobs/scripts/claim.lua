@@ -11,7 +11,6 @@ local function is_ours(job) return not job.model or job.model == '' or string.lo
 
 local function take(id, job)
   pass(id, job)
-  if job.closed then reopen(id, job) end -- `rq requeue` put it back, and left what it knows nothing of
   local at, key = stamp(), K.job .. id
   local attempt = call('HINCRBY', key, 'attempt', 1)
   local member = id .. ':' .. attempt
@@ -41,6 +40,7 @@ local function pop(list)
     if not id then return nil end
     looks = looks - 1
     local job = load(id)
+    if job and job.status == 'queued' and job.closed then reopen(id, job) end
     if job and job.status ~= 'queued' then
       pass(id, job)
       note_end(id, job)

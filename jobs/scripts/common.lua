@@ -158,10 +158,28 @@ local function write_result(id, job, status, how)
   call('XADD', K.results .. id, 'MAXLEN', '~', 10, '*', unpack(entry))
 end
 
+-- An ended job starts anew, with its whole time: its old log goes, the numbers of its events go on. `rq requeue` leaves
+-- this to whoever meets the job first: its mark is a job that waits and is `closed`.
+local function reopen(id, job)
+  call('DEL', K.events .. id)
+  call('HDEL', K.job .. id, 'reason', 'error', 'expires_at', 'closed', 'first_token_at', 'cancel_requested')
+  call('HSET', K.job .. id, 'tokens', 0)
+  call('PERSIST', K.job .. id)
+  call('PERSIST', K.results .. id)
+  unlist(id)
+  job.closed, job.tokens, job.cancel_requested = false, 0, false
+  local patience = tonumber(call('HGET', K.job .. id, 'deadline_in') or nil)
+  if patience then
+    job.deadline_at = NOW + patience
+    call('HSET', K.job .. id, 'deadline_at', job.deadline_at)
+  end
+end
+
 -- End a job: the only way into a final state. how: status, reason, error, value, exc, began.
 local function finish(id, job, state, how)
   how = how or {}
   local status = how.status or STATUS[state]
+  if job.closed then reopen(id, job) end
   unlist(id)
   job.state = state
   log(id, job, 'f', 1)
@@ -219,17 +237,6 @@ end
 local function put_back(id, job)
   if job.cancel_requested then return finish(id, job, 'cancelled') end
   requeue(id, job, job.crashes >= 2 and 'suspects' or 'front')
-end
-
--- An ended job starts anew: its old log goes, the numbers of its events go on.
-local function reopen(id, job)
-  call('DEL', K.events .. id)
-  call('HDEL', K.job .. id, 'reason', 'error', 'expires_at', 'closed', 'first_token_at', 'cancel_requested')
-  call('HSET', K.job .. id, 'tokens', 0)
-  call('PERSIST', K.job .. id)
-  call('PERSIST', K.results .. id)
-  unlist(id)
-  job.closed, job.tokens, job.cancel_requested = false, 0, false
 end
 
 -- Jobs ended per second, over the last minute.

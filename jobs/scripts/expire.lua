@@ -20,7 +20,7 @@ for _, id in ipairs(old) do
   local job = load(id)
   call('ZREM', K.retention, id)
   if job and not is_final(job.state) then
-    call('PERSIST', K.job .. id) -- `rq requeue` leaves the old expiry on: the job would vanish from the queue
+    if job.closed then reopen(id, job) end -- `rq requeue` leaves the old expiry on: the job would vanish
   else
     if job then forget(id, job) end
     unlist(id)

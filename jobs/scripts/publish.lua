@@ -33,7 +33,7 @@ for i = 5, #ARGV, 4 do
 end
 if tokens > 0 then
   call('HSET', K.job .. id, 'events', job.events, 'tokens', job.tokens + tokens, 'published_attempt', attempt)
-  call('HSETNX', K.job .. id, 'first_token_at', NOW)
+  call('HSETNX', K.job .. id, 'first_token_at', string.format('%.3f', NOW_US / 1000))
 else
   call('HSET', K.job .. id, 'events', job.events)
 end

@@ -7,10 +7,10 @@ for i = 2, #ARGV do
   if job then
     known = known + 1
     note_end(id, job)
+    if job.closed and not is_final(job.state) then reopen(id, job) end
     if job.place ~= job.state then
       move(id, job, job.state)
       call('HSET', K.job .. id, 'place', job.state)
-      if job.closed and not is_final(job.state) then call('PERSIST', K.job .. id) end -- `rq requeue` leaves the old expiry on
     end
   end
   for _, kind in ipairs(KINDS) do

@@ -7,11 +7,6 @@ if not job then return {0} end
 if job.state ~= 'failed' then return {-1, read(id)} end
 note_end(id, job)
 reopen(id, job)
-local patience = tonumber(call('HGET', K.job .. id, 'deadline_in') or nil)
-if patience then
-  job.deadline_at = NOW + patience
-  call('HSET', K.job .. id, 'deadline_at', job.deadline_at)
-end
 call('HSET', K.job .. id, 'started_at', '', 'ended_at', '', 'enqueued_at', stamp(), 'ticket', call('INCR', K.tickets))
 requeue(id, job, job.crashes >= 2 and 'suspects' or 'back')
 return {1, read(id)}

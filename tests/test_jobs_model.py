@@ -1,0 +1,362 @@
+"""A seeded random walk over everything that can happen to jobs, checked at each step, and mutants that it must find.
+
+Zombies, lost replies, duplicates, dashboards on a fast clock and stock RQ's own tools take part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job as RqJob
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
+
+from core.errors import EngineError, JobConflict, JobNotFound
+from core.request import Request
+from jobs import keys, scripting
+from jobs.job import FINAL, MOVES, JobState, NewJob
+from jobs.store import ClaimedJob, Outcome, Store
+from tests.jobs_world import (
+    audit,
+    born,
+    done,
+    ended,
+    failed,
+    kill,
+    outlast_grace,
+    pass_deadline,
+    result,
+    say,
+    settings,
+    take,
+    wipe_lease,
+)
+
+S = JobState
+STEPS = int(os.environ.get("HEADRACE_MODEL_STEPS", "1000"))
+WORKERS = ("w", "v", "u")
+JOBS = 12  #: at a time
+
+
+class Walk:
+    """What the workers believe they hold, and what the jobs were when last seen."""
+
+    def __init__(self, store: Store, seed: int) -> None:
+        self.store = store
+        self.client: Any = store.connection
+        self.random = random.Random(seed)
+        self.held: dict[str, dict[str, ClaimedJob]] = {name: {} for name in WORKERS}
+        self.zombies: list[ClaimedJob] = []  #: what dead or swept workers still believe
+        self.states: dict[str, JobState] = {}
+        self.attempts: dict[str, int] = {}
+        self.ids: list[str] = []
+        self.made = 0
+
+    def step(self) -> str:
+        """Do one random thing."""
+        act = self.random.choices(list(ACTS), [weight for weight, _ in ACTS.values()])[0]
+        with contextlib.suppress(JobConflict, JobNotFound, NoSuchJobError, InvalidJobOperation):
+            ACTS[act][1](self)
+        return act
+
+    def check(self, whole: bool) -> None:
+        """Every move was in the table, no fence fell, nothing cancelled waits; ``whole``: all is in its place."""
+        for job_id in list(self.ids):
+            try:
+                job = self.store.get(job_id)
+            except JobNotFound:
+                self.forget(job_id)
+                continue
+            before = self.states[job_id]
+            assert job.state is before or job.state in reachable(before), f"{job_id}: {before} -> {job.state}"
+            assert job.attempt >= self.attempts[job_id], f"{job_id}: the fence fell"
+            assert not (job.state is S.QUEUED and job.cancel_requested), f"{job_id}: cancelled, and waits"
+            self.states[job_id], self.attempts[job_id] = job.state, job.attempt
+        if whole:
+            assert audit(self.client) == []
+            for job_id in self.ids:
+                said = [event.fields["token_ids"][0] for event in self.store.events(job_id) if event.type == "token"]
+                assert said == list(range(len(said))), f"{job_id}: {said}"
+
+    def forget(self, job_id: str) -> None:
+        self.ids.remove(job_id)
+        del self.states[job_id], self.attempts[job_id]
+
+    # -- acts
+
+    def submit(self) -> None:
+        if len(self.ids) < JOBS:
+            self.made += 1
+            job_id = f"j{self.made}"
+            deadline = 60.0 if self.random.random() < 0.3 else None
+            self.store.submit(NewJob(id=job_id, request=Request(prompt="x"), deadline_seconds=deadline))
+            if self.random.random() < 0.2:
+                self.client.hset(f"{keys.JOB}{job_id}", mapping={"retries_left": 2, "retry_intervals": "[0, 5]"})
+            self.ids.append(job_id)
+            self.states[job_id], self.attempts[job_id] = S.QUEUED, 0
+
+    def submit_again(self) -> None:
+        if self.ids:
+            assert not self.store.submit(NewJob(id=self.any_id(), request=Request(prompt="x"))).created
+
+    def claim(self) -> None:
+        name = self.random.choice(WORKERS)
+        mine = self.held[name]
+        jobs = take(self.store, name, self.random.randint(1, 4), len(mine))
+        if self.random.random() < 0.8:  # else the reply is lost, and the next beat tells
+            mine.update({job.id: job for job in jobs})
+
+    def publish(self) -> None:
+        if (found := self.any_held()) is None:
+            return
+        name, job = found
+        said = len(self.store.emitted(job.id)[0].token_ids)
+        logged = self.store.events(job.id)
+        first = logged[-1].number + 1 if logged else job.next_event
+        number = self.random.randint(1, 3)
+        publication = say(job, *range(said, said + number), first=first)
+        for _ in range(self.random.choice((1, 1, 2))):
+            if job.id in self.store.report([publication], []).refused:
+                self.held[name].pop(job.id, None)
+
+    def settle(self) -> None:
+        if (found := self.any_held()) is None:
+            return
+        name, job = found
+        outcome = self.random.choice([Outcome.SUCCEEDED, *Outcome])
+        error = self.random.choice([None, EngineError("again")])
+        end = failed(job, error) if outcome is Outcome.FAILED else ended(job, outcome, result())
+        for _ in range(self.random.choice((1, 2, 3))):
+            self.store.report([], [end])
+        del self.held[name][job.id]
+        self.zombies.append(job)
+
+    def zombie(self) -> None:
+        """Somebody who lost a job speaks about it."""
+        if not self.zombies:
+            return
+        job = self.random.choice(self.zombies[-20:])
+        what = self.random.randint(0, 3)
+        if what == 0:
+            self.store.report([], [done(job)])
+        elif what == 1:
+            self.store.report([], [failed(job)])
+        elif what == 2:
+            self.store.release([(job.id, job.attempt)])
+        else:
+            self.publish_again(job)
+
+    def publish_again(self, job: ClaimedJob) -> None:
+        """All that an attempt said, and one token more."""
+        logged = [event for event in self.store.events(job.id) if event.type == "token"]
+        before = sum(event.number < job.next_event for event in logged)
+        with contextlib.suppress(redis.ResponseError):  # a hole: the log began anew meanwhile
+            self.store.report([say(job, *range(before, len(logged) + 1), first=job.next_event)], [])
+
+    def release(self) -> None:
+        if (found := self.any_held()) is not None:
+            name, job = found
+            del self.held[name][job.id]
+            self.store.release([(job.id, job.attempt)] * self.random.choice((1, 2)))
+            self.zombies.append(job)
+
+    def die(self) -> None:
+        name = self.random.choice(WORKERS)
+        self.bury(name)
+        kill(self.store, name)
+        born(self.store, name)
+
+    def fall_silent(self) -> None:
+        name = self.random.choice(WORKERS)
+        wipe_lease(self.client, name)
+        self.store.reap()
+        if self.random.random() < 0.5:
+            outlast_grace(self.client, name)
+            self.store.reap()
+            self.bury(name)
+        born(self.store, name)
+
+    def bury(self, name: str) -> None:
+        self.zombies += self.held[name].values()
+        self.held[name].clear()
+
+    def renew(self) -> None:
+        name = self.random.choice(WORKERS)
+        beat = self.store.renew(name, "busy", {job.id: job.attempt for job in self.held[name].values()}, {})
+        for job_id in beat.lost:
+            self.zombies.append(self.held[name].pop(job_id))
+        self.store.release(beat.unknown)
+
+    def cancel(self) -> None:
+        if self.ids:
+            self.store.cancel(self.any_id())
+
+    def retry(self) -> None:
+        if self.ids:
+            self.store.retry(self.any_id())
+
+    def delete(self) -> None:
+        over = [job_id for job_id in self.ids if self.states[job_id] in FINAL]
+        if len(over) > 4:
+            self.store.delete(over[0])
+
+    def expire(self) -> None:
+        if self.ids:
+            job_id = self.any_id()
+            if self.client.hexists(f"{keys.JOB}{job_id}", "deadline_at"):
+                pass_deadline(self.client, job_id)
+        self.store.expire()
+
+    def promote(self) -> None:
+        for job_id in self.client.zrange(keys.SCHEDULED, 0, -1):
+            self.client.zadd(keys.SCHEDULED, {job_id: 1})
+        self.store.promote()
+
+    def push_twice(self) -> None:
+        if self.ids and self.states[job_id := self.any_id()] is not S.QUEUED:
+            self.client.rpush(keys.READY, job_id)
+
+    def rq_cancel(self) -> None:
+        if self.ids and self.states[job_id := self.any_id()] not in FINAL:  # RQ would let one cancel what has ended
+            self.rq_job(job_id).cancel()
+
+    def rq_requeue(self) -> None:
+        if self.ids:
+            self.rq_job(self.any_id()).requeue()
+
+    def rq_clean(self) -> None:
+        StartedJobRegistry("generate", connection=self.client, serializer=JSONSerializer).cleanup(time.time() + 9_999)
+
+    def rq_job(self, job_id: str) -> RqJob:
+        return RqJob.fetch(job_id, connection=self.client, serializer=JSONSerializer)
+
+    def any_id(self) -> str:
+        return self.random.choice(self.ids)
+
+    def any_held(self) -> tuple[str, ClaimedJob] | None:
+        every = [(name, job) for name in WORKERS for job in self.held[name].values()]
+        return self.random.choice(every) if every else None
+
+
+ACTS: dict[str, tuple[int, Callable[[Walk], None]]] = {
+    "submit": (12, Walk.submit),
+    "submit again": (1, Walk.submit_again),
+    "claim": (14, Walk.claim),
+    "publish": (14, Walk.publish),
+    "settle": (8, Walk.settle),
+    "zombie": (8, Walk.zombie),
+    "release": (3, Walk.release),
+    "die": (3, Walk.die),
+    "fall silent": (2, Walk.fall_silent),
+    "renew": (5, Walk.renew),
+    "cancel": (3, Walk.cancel),
+    "retry": (4, Walk.retry),
+    "delete": (5, Walk.delete),
+    "expire": (2, Walk.expire),
+    "promote": (2, Walk.promote),
+    "push twice": (2, Walk.push_twice),
+    "rq cancel": (1, Walk.rq_cancel),
+    "rq requeue": (2, Walk.rq_requeue),
+    "rq clean": (1, Walk.rq_clean),
+}
+
+
+def reachable(state: JobState) -> frozenset[JobState]:
+    """Where one act may bring a job: one move, or two where an act is two calls; RQ requeues what its registry has."""
+    direct = MOVES[state] | ({S.QUEUED} if state in (S.EXPIRED, S.CANCELLED) else frozenset())
+    return direct | frozenset(after for each in direct for after in MOVES[each])
+
+
+def walk(store: Store, seed: int, steps: int) -> None:
+    """Take so many steps, checking each."""
+    world = Walk(store, seed)
+    born(store, *WORKERS)
+    trail: list[str] = []
+    for number in range(steps):
+        trail.append(world.step())
+        try:
+            world.check(number % 4 == 0)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, step {number} after {trail[-6:]}: {error}") from error
+
+
+@pytest.fixture
+def store(valkey_url: str) -> Iterator[Store]:
+    store = Store(settings(valkey_url, durability="memory"))
+    yield store
+    store.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_walk_breaks_a_promise(store: Store, seed: int) -> None:
+    walk(store, seed, STEPS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One line broken by hand."""
+
+    script: str
+    line: str
+    broken: str
+
+
+MUTANTS = {
+    "claiming whatever it finds": Mutant("claim", "if job and job.status ~= 'queued' then", "if not job then"),
+    "claiming without raising the fence": Mutant(
+        "claim", "call('HINCRBY', key, 'attempt', 1)", "math.max(1, job.attempt) call('HSET', key, 'attempt', attempt)"
+    ),
+    "claiming an ended job with its old log": Mutant("claim", "and job.closed then reopen(id, job) end", "then end"),
+    "publishing without a fence": Mutant("publish", "if not job or job.attempt ~= attempt then", "if not job then"),
+    "publishing twice": Mutant("publish", "if number >= job.events then", "if true then"),
+    "settling without a fence": Mutant("settle", "if not job or job.attempt ~= attempt then", "if not job then"),
+    "settling what does not run": Mutant("settle", "if job.status ~= 'started' and not late then", "if false then"),
+    "settling again": Mutant("settle", "if job.settled == attempt then return 2 end", ""),
+    "releasing without a fence": Mutant("release", "job.attempt ~= attempt or job.status ~= 'started'", "false"),
+    "a late failure counts": Mutant("settle", "and outcome == 'succeeded'", ""),
+    "requeueing what was cancelled": Mutant("common", "if job.cancel_requested then return", "if false then return"),
+    "ending twice": Mutant("common", "if job.closed or not is_final", "if not is_final"),
+    "retrying what succeeded": Mutant("retry", "if job.state ~= 'failed' then", "if not is_final(job.state) then"),
+    "reaping what others hold": Mutant("reap", "job.status == 'started' and job.attempt == tonumber(attempt)", "true"),
+    "losing the index": Mutant("common", "if state then call('ZADD'", "if state == 'queued' then call('ZADD'"),
+    "indexing twice": Mutant("common", "    call('ZREM', K.index .. job.kind .. ':' .. job.place, id)\n", ""),
+    "leaving an execution behind": Mutant("common", "  call('ZREM', K.wip, member)\n", ""),
+    "promoting what is not scheduled": Mutant("promote", "if job and job.status == 'scheduled' then", "if job then"),
+    "expiring what runs": Mutant("expire", "if job and job.state == 'queued' then", "if job then"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_walk_finds_a_mutant(
+    store: Store, valkey: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    mutant = MUTANTS[name]
+    shutil.copytree(scripting.FOLDER, tmp_path / "scripts")
+    path = tmp_path / "scripts" / f"{mutant.script}.lua"
+    text = path.read_text()
+    assert text.count(mutant.line) == 1, "the line to break is not there any more"
+    path.write_text(text.replace(mutant.line, mutant.broken))
+    monkeypatch.setattr(scripting, "FOLDER", tmp_path / "scripts")
+    scripting.scripts.cache_clear()
+    try:
+        with pytest.raises((AssertionError, redis.ResponseError)):
+            _walk_far(store, valkey)
+    finally:
+        scripting.scripts.cache_clear()
+
+
+def _walk_far(store: Store, client: redis.Redis) -> None:
+    for seed in range(8):
+        client.flushall()
+        walk(store, seed, 1_000)
