@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from worker.cores import count_cores, read_boot_id, share_cores
+from worker.cores import CoreShare, count_cores, read_boot_id, share_cores
 from worker.settings import WorkerSettings
 
 
@@ -37,6 +37,26 @@ def test_a_containers_quota_bounds_the_cores(tmp_path: Path, files: dict[str, st
         (tmp_path / name).write_text(f"{text}\n")
 
     assert count_cores(tmp_path) == (cores or len(os.sched_getaffinity(0)))
+
+
+def test_an_engine_is_told_when_its_share_changes_and_only_then() -> None:
+    others: list[str] = []
+    told: list[int] = []
+    share = CoreShare(lambda: others, told.append, least=1)
+    for count in (0, 0, count_cores() - 1, count_cores() - 1):
+        others[:] = [read_boot_id()] * count
+        share.adjust()
+
+    assert told == sorted({count_cores(), 1}, reverse=True)
+    assert share.threads == 1
+
+
+def test_threads_that_somebody_chose_stay() -> None:
+    told: list[int] = []
+    share = CoreShare(lambda: [read_boot_id()] * 99, told.append, least=1, fixed=7)
+    share.adjust()
+
+    assert (share.threads, told) == (7, [])
 
 
 def test_the_boot_id_names_this_host() -> None:

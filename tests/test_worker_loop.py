@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis
 
 from core.instant import InstantConfig, InstantEngine
 from core.protocol import NOTHING_EMITTED

@@ -13,6 +13,7 @@ import pytest
 import redis
 import rq
 from rq.command import (
+    send_command,
     send_kill_horse_command,
     send_shutdown_command,
     send_stop_execution_command,
@@ -22,6 +23,7 @@ from rq.job import Job
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
+from core.instant import InstantConfig, InstantEngine
 from tests.conftest import Server, start_valkey
 from tests.worker_world import await_status, eventually, put, working
 
@@ -57,11 +59,23 @@ def test_stock_cancel_and_stop_end_running_jobs_and_no_other(valkey: redis.Redis
         jobs[0].cancel()
         send_stop_job_command(valkey, jobs[1].id, serializer=JSONSerializer)
         send_stop_execution_command(valkey, jobs[2].id, "1")
+        send_command(valkey, "w1", "stop-execution", job_id=jobs[3].id, execution_id="2")  # not the one that runs
         ends = [await_status(job, "finished", "failed", "stopped", "canceled") for job in jobs]
         eventually(lambda: valkey.scard("headrace:held:w1") == 0)
 
     assert ends == ["canceled", "stopped", "stopped", "finished"]
     assert {job.id.encode() for job in jobs[1:3]} == set(valkey.zrange("rq:failed:generate", 0, -1))
+
+
+def test_a_job_that_stock_rq_cancelled_leaves_the_engine(valkey: redis.Redis, valkey_url: str) -> None:
+    engine = InstantEngine(InstantConfig(step_seconds=0.005))
+    with working(valkey_url, engine):
+        job = put(valkey, "a", max_tokens=9000)
+        await_status(job, "started")
+        job.cancel()
+        eventually(lambda: engine.idle)
+
+    assert engine.stats.generated_tokens < 9000
 
 
 def test_a_queued_job_cancelled_by_stock_rq_never_runs(valkey: redis.Redis, valkey_url: str) -> None:

@@ -9,8 +9,11 @@ import pytest
 
 from core.engine import Engine, EngineConfig
 from core.request import Kind, Request
+from jobs.settings import SettingError
 from tests.tiny_models import VOCAB, make
 from tests.worker_world import await_end, eventually, put_wire, tokens, worker
+from worker.engine_process import load
+from worker.settings import WorkerSettings
 
 JOBS = 16
 
@@ -40,3 +43,25 @@ def test_a_killed_torch_workers_successor_draws_the_same_tokens(valkey_url: str,
     assert attempts == {2}
     assert max(kept) < 100
     assert answers == [list(result.choices[0].token_ids) for result in undisturbed]
+
+
+@pytest.mark.parametrize("settings", [{"device": "cuda"}, {"kv_memory": "much"}])
+def test_an_engine_that_can_never_be_made_here_is_a_wrong_setting(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+    with pytest.raises(SettingError, match=r"cuda|kv_memory|size"):
+        load(WorkerSettings(**settings), threads=1)  # type: ignore[arg-type]
+
+
+def test_worker_i_takes_card_i_mod_n(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[EngineConfig] = []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("core.engine.Engine.load", asked.append)
+    for index in range(3):
+        load(WorkerSettings(worker_index=index), threads=3)
+    load(WorkerSettings(worker_index=1, device="cpu"), threads=3)
+
+    assert [config.device for config in asked] == ["cuda:0", "cuda:1", "cuda:0", "cpu"]
+    assert {config.threads for config in asked} == {3}

@@ -8,12 +8,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from core.errors import StoreUnavailable
 from core.instant import InstantConfig, InstantEngine
 from core.protocol import EngineProtocol
 from jobs.connection import connect
-from jobs.settings import StoreSettings
+from jobs.settings import SettingError, StoreSettings
 from jobs.store import Store, WorkerCard
 from worker.cores import CoreShare, read_boot_id
 from worker.loop import Worker
@@ -22,6 +23,9 @@ from worker.rq_worker import RqWorker
 from worker.settings import WorkerSettings
 from worker.stop import Stop
 from worker.upkeep import Upkeep
+
+if TYPE_CHECKING:
+    from core.engine import EngineConfig
 
 log = logging.getLogger("headrace.worker")
 
@@ -32,7 +36,7 @@ def serve(settings: WorkerSettings, store_settings: StoreSettings) -> None:
     """Run one worker until it is told to stop.
 
     Raises:
-        ModelError, UnsafeServer: this configuration can never run.
+        ModelError, SettingError, UnsafeServer: this configuration can never run.
         StoreUnavailable: Redis was away when we had to leave.
     """
     store, stop = Store.connect(store_settings), Stop(settings.drain_seconds)
@@ -48,30 +52,14 @@ def load(settings: WorkerSettings, threads: int) -> EngineProtocol:
     """The engine that the settings name.
 
     Raises:
-        ModelError: it cannot be served.
+        ModelError, SettingError: it cannot be served.
     """
     if settings.engine == "instant":
         seconds = settings.instant_step_ms / 1000
         return InstantEngine(InstantConfig(step_seconds=seconds, max_running=settings.max_running))
-    import torch
+    from core.engine import Engine
 
-    from core.engine import Engine, EngineConfig
-
-    cards = 0 if settings.device == "cpu" else torch.cuda.device_count()
-    return Engine.load(
-        EngineConfig(
-            model=settings.model,
-            revision=settings.revision,
-            dtype=settings.dtype,
-            device=f"cuda:{settings.worker_index % cards}" if cards else settings.device,
-            kv_memory=settings.kv_memory,
-            max_model_len=settings.max_model_len,
-            max_running=settings.max_running,
-            step_tokens=settings.step_tokens,
-            threads=threads,
-            hf_token=settings.hf_token,
-        )
-    )
+    return Engine.load(_configure(settings, threads))
 
 
 def build(settings: WorkerSettings, store_settings: StoreSettings, engine: EngineProtocol, stop: Stop) -> Worker:
@@ -104,6 +92,32 @@ def patiently(call: Callable[[], object], stop: Stop) -> None:
             time.sleep(KNOCK_SECONDS)
         else:
             return
+
+
+def _configure(settings: WorkerSettings, threads: int) -> EngineConfig:
+    """What the torch engine is told; worker i takes card i mod N."""
+    import torch
+
+    from core.engine import EngineConfig
+
+    cards = 0 if settings.device == "cpu" else torch.cuda.device_count()
+    if settings.device == "cuda" and not cards:
+        raise SettingError("HEADRACE_DEVICE: is cuda, and torch finds no card here")
+    try:
+        return EngineConfig(
+            model=settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=f"cuda:{settings.worker_index % cards}" if cards else settings.device,
+            kv_memory=settings.kv_memory,
+            max_model_len=settings.max_model_len,
+            max_running=settings.max_running,
+            step_tokens=settings.step_tokens,
+            threads=threads,
+            hf_token=settings.hf_token,
+        )
+    except ValueError as error:
+        raise SettingError(f"the engine's settings: {error}") from error
 
 
 def _set_threads(threads: int) -> None:
