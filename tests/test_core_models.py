@@ -21,7 +21,7 @@ from core import attention
 from core.engine import Engine, EngineConfig
 from core.errors import ModelNotFound, ModelRefused, UnsupportedRequest
 from core.memory import parse_size
-from core.models import source
+from core.models import check, source
 from core.models.check import check_attention
 from core.models.checksum import checksum
 from core.models.load import choose_dtype, load_model
@@ -117,6 +117,21 @@ def test_attention_that_forgets_the_window_is_refused(tiny: TinyModel, monkeypat
     monkeypatch.setattr(attention, "_read_look", without_window(attention._read_look))
 
     assert "logits differ" in refusal(tiny.folder)
+
+
+@pytest.mark.parametrize(
+    ("differences", "refused"), [([0.5, 1e-5], False), ([0.5, 0.5], True), ([float("nan")] * 2, True)]
+)
+def test_a_difference_must_come_back_to_refuse_a_model(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, differences: list[float], refused: bool
+) -> None:
+    compare, left = check._compare, iter(differences)
+    monkeypatch.setattr(check, "_compare", lambda *given: (compare(*given), next(left))[1])
+
+    if refused:
+        assert "logits differ" in refusal(tiny.folder)
+    else:
+        load_model(tiny.folder, name="tiny", dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from core.request import Request
 from core.scheduler import Slice, Step
 from core.sequence import Sequence
 
+_log = logging.getLogger(__name__)
+
 TOLERANCE = 1e-3  #: the largest difference of two logits that rounding explains
+#: A difference is measured again before a model is refused: once in some two hundred starts on a busy virtual machine
+#: the two passes differed for a reason that did not come back. What is wrong in the code is wrong each time.
+_TRIES = 2
 _TEXT = 40  #: tokens, where the model has no window
 _COMPARED = 8  #: tokens at each slice's end: a long text times a large vocabulary would fill the memory
 
@@ -41,19 +47,21 @@ def check_attention(model: Any, name: str, max_model_len: int) -> KVCache:
     """
     long = min(max_model_len, max([_TEXT, *(window + 12 for window in windows(model.config))]))
     texts = [_text(model, long), _text(model, min(long, _TEXT // 2))]
-    model.set_attn_implementation("eager" if long <= 1024 or _softcapped(model.config) else "sdpa")
-    expected = [_own_logits(model, text) for text in texts]
-    cache = KVCache(sum(map(len, texts)))
-    try:
-        model.set_attn_implementation(NAME)
-        difference = _compare(model, texts, expected, cache)
-    except (EngineError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelRefused(name, f"it does not run with Headrace's attention: {error}") from error
-    if not cache.layers:
-        raise ModelRefused(name, "its layers never call Headrace's attention")
-    if not difference <= TOLERANCE:  # also true of NaN
-        raise ModelRefused(name, f"with Headrace's attention its logits differ by {difference:.3g} from its own")
-    return cache
+    for _ in range(_TRIES):
+        model.set_attn_implementation("eager" if long <= 1024 or _softcapped(model.config) else "sdpa")
+        expected = [_own_logits(model, text) for text in texts]
+        cache = KVCache(sum(map(len, texts)))
+        try:
+            model.set_attn_implementation(NAME)
+            difference = _compare(model, texts, expected, cache)
+        except (EngineError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            raise ModelRefused(name, f"it does not run with Headrace's attention: {error}") from error
+        if not cache.layers:
+            raise ModelRefused(name, "its layers never call Headrace's attention")
+        if difference <= TOLERANCE:  # false for NaN
+            return cache
+        _log.warning("model %r: with Headrace's attention its logits differ by %.3g from its own", name, difference)
+    raise ModelRefused(name, f"with Headrace's attention its logits differ by {difference:.3g} from its own")
 
 
 def windows(config: Any) -> list[int]:
