@@ -10,8 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from api.errors import MalformedBody
 from api.schema import Names
+from core.bounds import BOUNDS, refuse_unknown
 from core.errors import HeadraceError, InvalidField
-from core.request import BOUNDS, Kind, refuse_unknown
+from core.request import Kind
 
 T = TypeVar("T")
 

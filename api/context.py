@@ -11,7 +11,7 @@ from api.fleet import Fleet
 from api.held import Held
 from api.metrics import Metrics
 from api.settings import ApiSettings
-from core.request import Wire
+from core.bounds import Wire
 from jobs.async_store import AsyncStore
 from jobs.job import Job
 

@@ -18,8 +18,8 @@ HeadraceError
 
 from __future__ import annotations
 
+from core.bounds import Wire
 from core.errors import HeadraceError
-from core.request import Wire
 
 
 class Unauthorized(HeadraceError):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 from api.errors import NoWorker
+from core.card import ModelCard
 from core.errors import ModelNotFound
-from core.request import ModelCard
 from jobs.async_store import AsyncStore
 from jobs.job import Job
 from jobs.reports import QueueReport, ServerReport, WorkerCard

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
-from core.request import (
+from core.bounds import (
     BOUNDS,
     MAX_MESSAGES,
     MAX_MODEL_CHARACTERS,
@@ -20,10 +20,8 @@ from core.request import (
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_TOKEN_ID,
-    Kind,
-    Request,
-    SamplingParams,
 )
+from core.request import Kind, Request, SamplingParams
 from jobs.job import JobState, NewJob
 
 MAX_SECONDS = 2_592_000  #: thirty days: the longest deadline and retention a request may ask for

@@ -11,8 +11,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from api.context import Context
+from core.bounds import Wire
 from core.errors import JobNotFound, StoreError
-from core.request import Wire
 from jobs.job import FINAL
 from jobs.reports import LoggedEvent
 

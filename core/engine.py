@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Literal
 
 import torch
 
@@ -15,22 +14,13 @@ from core.answer import Answer, NoText
 from core.attention import KVCache
 from core.batch import Batch, build_batch
 from core.blocks import BLOCK_TOKENS, BlockPool
-from core.errors import InvalidField, ModelRefused, PromptTooLong, UnsupportedRequest
+from core.card import ModelCard
+from core.errors import InvalidField, ModelRefused, PromptTooLong, RequestError, UnsupportedRequest
 from core.memory import available_bytes, parse_size, usual_tokens
 from core.models.load import LoadedModel, load_model
 from core.models.source import resolve
 from core.protocol import NOTHING_EMITTED, EngineStats
-from core.request import (
-    Emitted,
-    Event,
-    FinishedEvent,
-    FinishReason,
-    Kind,
-    ModelCard,
-    Request,
-    Result,
-    TokenEvent,
-)
+from core.request import Emitted, Event, FinishedEvent, FinishReason, Kind, Request, Result, TokenEvent
 from core.runners.decoder import DecoderRunner
 from core.sampler import GREEDY, Draw, Drawn, draw
 from core.scheduler import Scheduler, Slice, Step
@@ -47,7 +37,7 @@ class EngineConfig:
 
     model: str = "smollm2-135m"  #: an alias, a folder or a hub name
     revision: str = ""  #: of a hub model
-    dtype: Literal["auto", "float32", "bfloat16"] | str = "auto"
+    dtype: str = "auto"  #: auto, float32 or bfloat16
     device: str = "auto"  #: auto, cpu, cuda or cuda:N
     kv_memory: str = "auto"  #: of all keys and values: auto, or a size such as 2GiB
     max_model_len: int = 0  #: prompt and answer together, in tokens; 0: as much as the model takes
@@ -139,7 +129,7 @@ class Engine:
             for number, request in enumerate(requests):
                 self.add(f"generate-{number}", request)
                 names.append(f"generate-{number}")
-        except BaseException:
+        except RequestError:
             for name in names:
                 self.drop(name)
             raise

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 
+from core.card import ModelCard
 from core.errors import EngineError, InvalidField, PromptTooLong
 from core.protocol import NOTHING_EMITTED, EngineStats
 from core.request import (
@@ -31,7 +32,6 @@ from core.request import (
     FinishedEvent,
     FinishReason,
     Kind,
-    ModelCard,
     Request,
     Result,
     TokenEvent,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from core.request import Emitted, Event, FinishReason, ModelCard, Request
+from core.card import ModelCard
+from core.request import Emitted, Event, FinishReason, Request
 
 NOTHING_EMITTED = Emitted()
 

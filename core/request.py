@@ -7,26 +7,16 @@ has a bound, and ``Request.from_wire`` raises a ``RequestError`` that names the 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-from core.errors import InvalidField, UnknownField, UnsupportedRequest
+from core import bounds
+from core.bounds import BOUNDS, MAX_MODEL_CHARACTERS, ROLES, Wire, refuse_unknown, table
+from core.errors import InvalidField, UnsupportedRequest
 
-Wire: TypeAlias = dict[str, Any]  #: a JSON object
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline"]
-
-MAX_PROMPT_CHARACTERS = 1_000_000
-MAX_PROMPT_TOKENS = 262_144
-MAX_TOKEN_ID = 2**31 - 1
-MAX_MESSAGES = 1_024
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARACTERS = 256
-MAX_MODEL_CHARACTERS = 256
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class Kind(enum.StrEnum):
@@ -34,39 +24,6 @@ class Kind(enum.StrEnum):
 
     GENERATE = "generate"  #: continue a prompt, a chat or token ids
     PREDICT = "predict"  #: the likeliest next token id at each position of ``token_ids``
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """The closed range of a number, or the open end where ``above`` is set."""
-
-    low: float
-    high: float
-    whole: bool = False
-    above: bool = False  #: ``low`` itself is excluded
-
-    def check(self, param: str, value: object) -> None:
-        """Raise ``InvalidField`` unless ``value`` is a finite number inside."""
-        if isinstance(value, bool) or not isinstance(value, int | (int if self.whole else float)):
-            raise InvalidField(param, f"must be {'an integer' if self.whole else 'a number'}, not {value!r:.40}")
-        if not math.isfinite(value) or value > self.high or value < self.low or (self.above and value == self.low):
-            raise InvalidField(param, f"must be {self}, not {value!r:.40}")
-
-    def __str__(self) -> str:
-        low, high = (int(self.low), int(self.high)) if self.whole else (self.low, self.high)
-        return f"above {low} and at most {high}" if self.above else f"from {low} to {high}"
-
-
-#: The one place where the bounds of sampling parameters stand; the HTTP schema reads them from here.
-BOUNDS: Mapping[str, Bound] = {
-    "max_tokens": Bound(1, 131_072, whole=True),
-    "temperature": Bound(0.0, 2.0),
-    "top_p": Bound(0.0, 1.0, above=True),
-    "top_k": Bound(0, 1_000_000, whole=True),
-    "min_p": Bound(0.0, 1.0),
-    "seed": Bound(0, 2**63 - 1, whole=True),
-    "logprobs": Bound(0, 20, whole=True),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +49,7 @@ class SamplingParams:
             value = getattr(self, name)
             if value is not None or name not in ("seed", "logprobs"):
                 bound.check(f"params.{name}", value)
-        _check_stop(self.stop)
+        bounds.check_stop(self.stop)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidField("params.ignore_eos", "must be true or false")
 
@@ -103,7 +60,7 @@ class SamplingParams:
         Raises:
             UnknownField, InvalidField: naming the field.
         """
-        fields = _table("params", wire)
+        fields = table("params", wire)
         refuse_unknown(fields, [f.name for f in dataclasses.fields(cls)], prefix="params.")
         stop = fields.get("stop", ())
         if isinstance(stop, str):
@@ -145,11 +102,11 @@ class Request:
         if len(given) != 1:
             raise InvalidField("input", f"must hold exactly one of {', '.join(INPUTS[self.kind])}")
         if given[0] == "prompt":
-            _check_prompt(self.prompt)
+            bounds.check_prompt(self.prompt)
         elif given[0] == "messages":
-            _check_messages(self.messages or ())
+            bounds.check_messages([message.content for message in self.messages or ()])
         else:
-            _check_token_ids(f"input.{self._token_ids_name}", self.token_ids or ())
+            bounds.check_token_ids(f"input.{self._token_ids_name}", self.token_ids or ())
         if self.model is not None and not (isinstance(self.model, str) and 0 < len(self.model) <= MAX_MODEL_CHARACTERS):
             raise InvalidField("model", f"must be a string of 1 to {MAX_MODEL_CHARACTERS} characters")
 
@@ -160,14 +117,14 @@ class Request:
         Raises:
             RequestError: naming the field (``kind``, ``model``, ``input.prompt``, ``params.top_p`` …) and its bound.
         """
-        fields = _table("", wire)
+        fields = table("", wire)
         refuse_unknown(fields, ("kind", "model", "input", "params"))
         actual = _kind(fields.get("kind", kind))
         if kind is not None and actual is not kind:
             raise InvalidField("kind", f"must be {kind.value!r} here, not {actual.value!r}")
         if "input" not in fields:
             raise InvalidField("input", f"is required: one of {', '.join(INPUTS[actual])}")
-        asked = _table("input", fields["input"])
+        asked = table("input", fields["input"])
         refuse_unknown(asked, INPUTS[actual], prefix="input.")
         if len(asked) != 1:
             raise InvalidField("input", f"must hold exactly one of {', '.join(INPUTS[actual])}")
@@ -311,49 +268,6 @@ class FailedEvent:
 Event: TypeAlias = TokenEvent | FinishedEvent | FailedEvent
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelCard:
-    """What computes: enough to tell whether two workers compute alike, and what may be asked of them."""
-
-    name: str  #: the name a request gives
-    engine: str  #: "torch" or "instant"
-    version: str  #: of Headrace
-    dtype: str
-    weights: str  #: sha256 of weights, configuration and tokenizer, hexadecimal
-    kinds: tuple[str, ...]
-    text: bool  #: has a tokenizer: takes prompts and answers with text
-    chat: bool  #: has a chat template: takes messages
-    max_model_len: int  #: prompt and answer together, in tokens
-    vocab_size: int
-    device: str = "cpu"
-
-    @property
-    def identity(self) -> str:
-        """Equal for two workers exactly if one may go on where the other stopped."""
-        return f"{self.engine}-{self.version}-{self.dtype}-{self.weights[:16]}"
-
-    def to_wire(self) -> Wire:
-        return {**dataclasses.asdict(self), "kinds": list(self.kinds)}
-
-    @classmethod
-    def from_wire(cls, wire: Wire) -> ModelCard:
-        return cls(**{**wire, "kinds": tuple(wire["kinds"])})
-
-
-def refuse_unknown(fields: Mapping[str, object], known: Collection[str], *, prefix: str = "") -> None:
-    """Raise ``UnknownField``, with the nearest known name as its suggestion, for the first name not in ``known``."""
-    for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UnknownField(f"{prefix}{name}", near[0] if near else None)
-
-
-def _table(param: str, wire: object) -> Wire:
-    if not isinstance(wire, dict) or not all(isinstance(key, str) for key in wire):
-        raise InvalidField(param or "body", "must be a JSON object")
-    return wire
-
-
 def _kind(name: object) -> Kind:
     names = [kind.value for kind in Kind]
     if name is None:
@@ -376,38 +290,10 @@ def _read_input(asked: Wire) -> Wire:
 
 
 def _message(param: str, wire: object) -> Message:
-    fields = _table(param, wire)
+    fields = table(param, wire)
     refuse_unknown(fields, ("role", "content"), prefix=f"{param}.")
     if fields.get("role") not in ROLES:
         raise InvalidField(f"{param}.role", f"must be one of {', '.join(ROLES)}")
     if not isinstance(fields.get("content"), str):
         raise InvalidField(f"{param}.content", "must be a string")
     return Message(**fields)
-
-
-def _check_prompt(prompt: object) -> None:
-    if not isinstance(prompt, str) or not 0 < len(prompt) <= MAX_PROMPT_CHARACTERS:
-        raise InvalidField("input.prompt", f"must be a string of 1 to {MAX_PROMPT_CHARACTERS} characters")
-
-
-def _check_messages(messages: tuple[Message, ...]) -> None:
-    if not 0 < len(messages) <= MAX_MESSAGES:
-        raise InvalidField("input.messages", f"must hold 1 to {MAX_MESSAGES} messages")
-    if sum(len(message.content) for message in messages) > MAX_PROMPT_CHARACTERS:
-        raise InvalidField("input.messages", f"must hold at most {MAX_PROMPT_CHARACTERS} characters together")
-
-
-def _check_token_ids(param: str, token_ids: tuple[object, ...]) -> None:
-    if not 0 < len(token_ids) <= MAX_PROMPT_TOKENS:
-        raise InvalidField(param, f"must hold 1 to {MAX_PROMPT_TOKENS} token ids")
-    for token_id in token_ids:
-        if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
-            raise InvalidField(param, f"must hold token ids from 0 to {MAX_TOKEN_ID}")
-
-
-def _check_stop(stop: tuple[object, ...]) -> None:
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidField("params.stop", f"must hold at most {MAX_STOP_STRINGS} strings")
-    for text in stop:
-        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARACTERS:
-            raise InvalidField("params.stop", f"must hold strings of 1 to {MAX_STOP_CHARACTERS} characters")

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from core.card import ModelCard
 from core.errors import HeadraceError, ModelNotFound
-from core.request import Kind, ModelCard, Request
+from core.request import Kind, Request
 from jobs import commands, rows
 from jobs.scripting import Command
 from jobs.work import Claim, ClaimedJob

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import redis
 import redis.asyncio
 
-from core.request import Kind, ModelCard
+from core.card import ModelCard
+from core.request import Kind
 from jobs import commands
 from jobs.connection import connect_async, explain, judge
 from jobs.durable import WAIT_FOR_DISK, check_on_disk

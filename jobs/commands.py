@@ -9,8 +9,10 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from core.bounds import Wire
+from core.card import ModelCard
 from core.errors import JobConflict, JobNotFound, QueueFull
-from core.request import Kind, ModelCard, Wire
+from core.request import Kind
 from jobs import rows
 from jobs.job import LABELS, QUEUE, Job, JobState, NewJob
 from jobs.reports import LoggedEvent, QueueReport, Submitted, WorkerCard

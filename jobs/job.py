@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.request import Kind, Request, Wire
+from core.bounds import Wire
+from core.request import Kind, Request
 
 
 class JobState(enum.StrEnum):

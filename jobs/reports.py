@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from core.request import ModelCard, Wire
+from core.bounds import Wire
+from core.card import ModelCard
 from jobs.job import Job, JobState
 
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from core.bounds import Wire
+from core.card import ModelCard
 from core.errors import HeadraceError, InvalidField, UnsupportedRequest
-from core.request import Kind, ModelCard, Request, TokenEvent, TokenLogprob, Wire
+from core.request import Kind, Request, TokenEvent, TokenLogprob
 from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState
 from jobs.reports import LoggedEvent, WorkerCard
 from jobs.scripting import SEEN

@@ -7,7 +7,9 @@ from typing import Any
 
 import redis
 
-from core.request import Emitted, Kind, ModelCard, TokenLogprob, Wire
+from core.bounds import Wire
+from core.card import ModelCard
+from core.request import Emitted, Kind, TokenLogprob
 from jobs import commands, keys, rows
 from jobs.arrivals import read_claim
 from jobs.connection import connect, explain, judge

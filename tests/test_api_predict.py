@@ -13,8 +13,9 @@ import pytest
 from api.app import create_app
 from api.routes.predict import PARAMS
 from api.settings import ApiSettings
+from core.card import ModelCard
 from core.errors import PromptTooLong
-from core.request import Kind, ModelCard, Request
+from core.request import Kind, Request
 from jobs.async_store import AsyncStore
 from jobs.job import Job, JobState, NewJob
 from tests.api_world import front

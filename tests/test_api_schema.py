@@ -14,8 +14,9 @@ from api.app import create_app
 from api.complaints import read_json
 from api.schema import JOB_BODY, JOB_NAMES, Turn
 from api.settings import ApiSettings
+from core.bounds import BOUNDS, ROLES
 from core.errors import HeadraceError, InvalidField, RequestError, UnknownField
-from core.request import BOUNDS, ROLES, Request
+from core.request import Request
 from jobs.async_store import AsyncStore
 from jobs.settings import StoreSettings
 

@@ -14,11 +14,14 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("api", "core", "headrace", "jobs", "worker")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py") if "_rooms" not in path.parts)
 
-#: Room -> what of ours it may import. ``core.request`` means that module only.
+#: What of the core an API host needs.
+SHARED_WORDS = ("core.bounds", "core.card", "core.errors", "core.request")
+
+#: Room -> what of ours it may import. A dotted name means that module only.
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "headrace": ("headrace",),
-    "api": ("api", "jobs", "core.request", "core.errors"),
-    "jobs": ("jobs", "core.request", "core.errors"),
+    "api": ("api", "jobs", *SHARED_WORDS),
+    "jobs": ("jobs", *SHARED_WORDS),
     "worker": ("worker", "jobs", "core"),
     "core": ("core",),
 }
@@ -34,7 +37,11 @@ HOME: Mapping[str, tuple[str, ...]] = {
 }
 
 #: Importable where nothing is installed.
-STANDARD_LIBRARY_ONLY = ("core/request.py", "core/errors.py", "core/protocol.py", "core/instant.py")
+STANDARD_LIBRARY_ONLY = tuple(f"{name.replace('.', '/')}.py" for name in (*SHARED_WORDS, "core.protocol", "core.instant"))
+    *(f"{name.replace('.', '/')}.py" for name in SHARED_WORDS),
+    "core/protocol.py",
+    "core/instant.py",
+)
 
 #: Files that read ``os.environ`` and ``sys.argv``, by name; so does a module that is a program (``python -m …``).
 READS_ENVIRONMENT = ("settings.py", "cli.py")

@@ -230,7 +230,7 @@ def test_the_real_model_answers_what_plain_transformers_computes(real: House) ->
     from core.models.source import resolve
 
     questions = ["What is the capital of France?", "Name three colours.", "Write one sentence about the sea.", "2+2?"]
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {
             "kind": "generate",
             "input": {"messages": [{"role": "user", "content": question}]},

@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
+from core.bounds import Wire
 from core.errors import EngineChanged, HeadraceError, JobTimeout, StoreUnavailable
 from core.protocol import NOTHING_EMITTED, EngineProtocol
-from core.request import Emitted, Event, FinishedEvent, FinishReason, TokenEvent, Wire
+from core.request import Emitted, Event, FinishedEvent, FinishReason, TokenEvent
 from jobs.store import ClaimedJob, Store
 from worker.outage import Outage
 from worker.outbox import Outbox

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from core.request import Wire
+from core.bounds import Wire
 from jobs.store import Beat, Store, WorkerCard
 from worker.outage import Every
 from worker.rq_worker import RqWorker, StopCommand

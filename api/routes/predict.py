@@ -12,8 +12,10 @@ from api.bodies import AText, described
 from api.context import Here
 from api.errors import JobNotSucceeded, StillRunning, TooManyStreams
 from api.schema import TextBody
+from core.bounds import MAX_PROMPT_TOKENS, Wire
+from core.card import ModelCard
 from core.errors import InvalidField
-from core.request import MAX_PROMPT_TOKENS, Kind, ModelCard, Request, SamplingParams, Wire
+from core.request import Kind, Request, SamplingParams
 from jobs.job import FINAL, Job, JobState, NewJob
 
 router = APIRouter(tags=["predict"])
