@@ -7,8 +7,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from core.card import ModelCard
 from core.errors import HeadraceError, RequestError
-from core.request import Choice, ModelCard, Request, Result, SamplingParams, TokenEvent, Usage
+from core.request import Choice, Request, Result, SamplingParams, TokenEvent, Usage
 from jobs import keys
 from jobs.job import Job, JobState, NewJob
 from jobs.settings import StoreSettings
