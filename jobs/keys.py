@@ -14,7 +14,7 @@ from jobs.job import QUEUE
 # -- RQ's
 QUEUES = "rq:queues"  #: set of queue keys
 READY = f"rq:queue:{QUEUE}"  #: list of ids; those of ended jobs stay until a claim drops them
-SUSPECTS = f"rq:queue:{QUEUE}.suspects"  #: list of ids that run alone first
+SUSPECTS = f"rq:queue:{QUEUE}.suspects"  #: list of ids that run alone first; + .model: those that name a model
 MODEL_READY = f"rq:queue:{QUEUE}."  #: + model: list of ids that wait for a worker with that model
 JOB = "rq:job:"  #: + id: hash, RQ's fields and ours
 RESULTS = "rq:results:"  #: + id: stream, one entry per ended attempt

@@ -89,7 +89,7 @@ def read_request(data: bytes) -> Request:
     """
     try:
         name, instance, args, kwargs = json.loads(_inflate(data))
-    except (ValueError, TypeError, zlib.error):
+    except (ValueError, TypeError, RecursionError, zlib.error):
         raise UnsupportedRequest("data", "must be written by rq.serializers.JSONSerializer") from None
     kind = FUNCTIONS.get(name) if isinstance(name, str) else None
     if kind is None:

@@ -130,7 +130,7 @@ def audit(client: Any) -> list[str]:
     problems: list[str] = []
     index = _index(client)
     wip = {member.decode().rpartition(":")[0] for member in client.zrange(keys.WIP, 0, -1)}
-    lists = [keys.READY, keys.SUSPECTS, *(key.decode() for key in client.keys(f"{keys.MODEL_READY}*"))]
+    lists = [keys.READY, *(key.decode() for key in client.keys(f"{keys.MODEL_READY}*"))]
     waiting = {each.decode() for key in lists for each in client.lrange(key, 0, -1)}
     scheduled = {each.decode() for each in client.zrange(keys.SCHEDULED, 0, -1)}
     for key in client.keys(f"{keys.JOB}*"):

@@ -13,6 +13,7 @@ from jobs import keys
 from jobs.job import JobState
 from jobs.store import ClaimedJob, Store
 from tests.jobs_world import (
+    OTHER,
     add,
     audit,
     born,
@@ -193,6 +194,26 @@ def test_the_hold_of_a_worker_that_died_is_free_for_another(store: Store, valkey
     kill(store)
 
     assert claim(store, worker="v", running=1).hold
+
+
+def test_a_suspect_that_names_another_model_is_in_nobody_s_way(store: Store, valkey: redis.Redis) -> None:
+    born(store, "o", card=OTHER)
+    add(store, "suspect", model="other")
+    for _ in range(2):
+        take(store, worker="o", card=OTHER)
+        kill(store, "o")
+        born(store, "o", card=OTHER)
+    make_old(valkey, "suspect")
+    add(store, "next")
+    valkey.delete(keys.WAKE)
+
+    assert store.queue().suspects == 1
+    assert [job.id for job in take(store)] == ["next"]
+    assert valkey.llen(keys.WAKE) == 0  # an idle worker that cannot help is not woken by what it left alone
+    assert store.claim("o", OTHER, 1, 3).hold
+    got = store.claim("o", OTHER, 1, 0)
+    assert ([job.id for job in got.jobs], got.alone) == (["suspect"], True)
+    assert audit(valkey) == []
 
 
 def test_a_cancelled_suspect_falls_out(store: Store, valkey: redis.Redis) -> None:

@@ -33,8 +33,8 @@ local function take(id, job)
       'stopped_callback_name', 'repeats_left', 'webhooks', 'created_at')}
 end
 
--- The next id of a list that is to be computed here; what is not is put where it belongs.
-local function pop(list)
+-- The next id of a list that is to be computed here; what is not is put where it belongs. `trusted`: it lists suspects.
+local function pop(list, trusted)
   while looks > 0 do
     local id = call('LPOP', list)
     if not id then return nil end
@@ -47,36 +47,38 @@ local function pop(list)
     elseif job and job.deadline_at and job.deadline_at <= NOW then
       pass(id, job)
       expire(id, job)
-    elseif job and list ~= K.suspects and job.crashes >= 2 then
+    elseif job and not trusted and job.crashes >= 2 then
       pass(id, job)
       requeue(id, job, 'suspects')
     elseif job and not is_ours(job) then
-      requeue(id, job, list == K.suspects and 'suspects' or 'back')
+      requeue(id, job, 'back')
     elseif job then
       return id, job
     end
   end
 end
 
--- Whether the first suspect has waited long enough for this worker to empty itself.
-local function must_hold()
-  local id = call('LINDEX', K.suspects, 0)
+-- Whether a list's first suspect has waited long enough for this worker to empty itself.
+local function must_hold(list)
+  local id = call('LINDEX', list, 0)
   local job = id and load(id)
-  if id and not (job and job.status == 'queued') then call('LPOP', K.suspects) end
-  if not job or job.status ~= 'queued' or not is_ours(job) or NOW - job.suspect_at < SUSPECT_WAIT then return false end
+  if id and not (job and job.status == 'queued') then call('LPOP', list) end
+  if not job or job.status ~= 'queued' or NOW - job.suspect_at < SUSPECT_WAIT then return false end
   return call('SET', K.hold, worker, 'NX', 'PX', HOLD_FOR) or call('GET', K.hold) == worker
 end
 
 if room < 1 or call('EXISTS', K.suspended) == 1 or not call('ZSCORE', K.leases, worker) then return {taken, 0, 0, 0} end
-if running == 0 then
-  local id, job = pop(K.suspects)
-  if id then
-    take(id, job)
-    call('DEL', K.hold)
-    return {taken, 1, 0, 0}
+for _, list in ipairs({K.suspects .. '.' .. model, K.suspects}) do
+  if running > 0 then
+    if must_hold(list) then return {taken, 0, 1, 0} end
+  else
+    local id, job = pop(list, true)
+    if id then
+      take(id, job)
+      call('DEL', K.hold)
+      return {taken, 1, 0, 0}
+    end
   end
-elseif must_hold() then
-  return {taken, 0, 1, 0}
 end
 for _, list in ipairs({K.model_ready .. model, K.ready}) do
   while #taken < room do

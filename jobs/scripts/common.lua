@@ -222,7 +222,7 @@ end
 -- Back into a list: 'front', 'back' or 'suspects'. The job's status is set here, its attempt never.
 local function requeue(id, job, where)
   local model = job.model and job.model ~= '' and '.' .. string.lower(job.model) or ''
-  local list = where == 'suspects' and K.suspects or K.ready .. model
+  local list = (where == 'suspects' and K.suspects or K.ready) .. model
   call(where == 'front' and 'LPUSH' or 'RPUSH', list, id)
   call('SADD', K.queues, list)
   move(id, job, 'queued')
@@ -230,7 +230,7 @@ local function requeue(id, job, where)
   if where == 'suspects' then call('HSET', K.job .. id, 'suspect_at', NOW) end
   call('HDEL', K.job .. id, 'worker_name')
   if job.deadline_at then call('ZADD', K.deadlines, job.deadline_at, id) end
-  wake(where == 'suspects' and K.wake or K.wake .. model)
+  wake(K.wake .. model)
 end
 
 -- An attempt is over without an end: by release, or by the death of its worker.

@@ -1,5 +1,9 @@
 #!lua flags=no-writes,allow-oom
 -- The queue at a glance. ARGV: ttl. Answers {completions per second, suspects, jobs in each of STATES …}.
-local report = {string.format('%.6f', rate()), call('LLEN', K.suspects)}
+local suspects = call('LLEN', K.suspects)
+for _, model in ipairs(call('HKEYS', K.models)) do
+  suspects = suspects + call('LLEN', K.suspects .. '.' .. string.lower(model))
+end
+local report = {string.format('%.6f', rate()), suspects}
 for _, state in ipairs(STATES) do report[#report + 1] = count(state) end
 return report
