@@ -37,10 +37,8 @@ HOME: Mapping[str, tuple[str, ...]] = {
 }
 
 #: Importable where nothing is installed.
-STANDARD_LIBRARY_ONLY = tuple(f"{name.replace('.', '/')}.py" for name in (*SHARED_WORDS, "core.protocol", "core.instant"))
-    *(f"{name.replace('.', '/')}.py" for name in SHARED_WORDS),
-    "core/protocol.py",
-    "core/instant.py",
+STANDARD_LIBRARY_ONLY = tuple(
+    f"{name.replace('.', '/')}.py" for name in (*SHARED_WORDS, "core.protocol", "core.instant")
 )
 
 #: Files that read ``os.environ`` and ``sys.argv``, by name; so does a module that is a program (``python -m …``).
