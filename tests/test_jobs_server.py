@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -152,9 +153,10 @@ class Withheld:
             threading.Thread(target=self._pump, args=(server, client, self._change), daemon=True).start()
 
     def _pump(self, source: socket.socket, sink: socket.socket, change: Callable[[bytes], bytes]) -> None:
-        with source, sink:
-            while sent := source.recv(65_536):
-                sink.sendall(change(sent))
+        with contextlib.suppress(OSError):  # either side may have gone
+            with source, sink:
+                while sent := source.recv(65_536):
+                    sink.sendall(change(sent))
 
     def close(self) -> None:
         self._listening.close()
