@@ -22,7 +22,7 @@ from core.bounds import (
     MAX_TOKEN_ID,
 )
 from core.request import Kind, Request, SamplingParams
-from jobs.job import JobState, NewJob
+from jobs.job import JobState, NewJob, Resume
 
 MAX_SECONDS = 2_592_000  #: thirty days: the longest deadline and retention a request may ask for
 MAX_METADATA = 16
@@ -110,6 +110,7 @@ class JobFields(Body):
 
     model: ModelName | None = None
     deadline_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = None
+    resume: Annotated[Resume, Field(strict=False)] = Resume.RESTART
     result_ttl_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
 
@@ -128,6 +129,7 @@ class JobFields(Body):
             id=job_id,
             request=request,
             deadline_seconds=self.deadline_seconds,
+            resume=self.resume,
             result_ttl_seconds=self.result_ttl_seconds or result_ttl_seconds,
             metadata=self.metadata,
         )

@@ -30,6 +30,8 @@ from jobs.runner import Runner
 from jobs.settings import StoreSettings
 from jobs.store import Store, WorkerCard
 
+#: As the embedded server is configured.
+SIZES = ("--stream-node-max-bytes", "256", "--hash-max-listpack-value", "4096")
 BATCH = 1_000
 CARD = ModelCard(
     name="instant",
@@ -124,7 +126,7 @@ def serving() -> Iterator[str]:
         path = Path(folder) / "valkey.sock"
         command = [binary(), "--port", "0", "--unixsocket", str(path), "--dir", folder, "--save", ""]
         command += ["--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0"]
-        process = subprocess.Popen([*command, "--stream-node-max-bytes", "256"], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, *SIZES], stdout=subprocess.DEVNULL)
         try:
             wait_for(f"unix://{path}")
             yield f"unix://{path}"

@@ -19,7 +19,7 @@
     │   ├── NotDurable             written, but not confirmed on disk in time; a repeat is safe
     │   └── UnsafeServer           its configuration cannot keep the promise that was asked for
     └── EngineError              our move: a step failed
-        ├── EngineChanged          another engine began the answer; ours would go on differently
+        ├── EngineChanged          another engine began the answer, and ours cannot go on with it
         └── PoisonJob              the job was running each time its worker died
 
 Leaves carry facts as attributes and build their own message; ``code`` is the stable word a client may match.
@@ -209,13 +209,14 @@ class EngineError(HeadraceError):
 
 
 class EngineChanged(EngineError):
-    """Another model, dtype or version began the answer; ours would silently go on as somebody else."""
+    """Another engine began the answer, with tokens that ours does not have."""
 
     code = "engine_changed"
 
-    def __init__(self, began: str, ours: str) -> None:
-        super().__init__(f"engine {began} began this answer and only {ours} is here; retry the job to start it again")
-        self.began = began
+    def __init__(self, ours: str) -> None:
+        super().__init__(
+            f"another engine began this answer with tokens that {ours} lacks; retry the job to start it again"
+        )
         self.ours = ours
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator, Collection
 from typing import Any, TypeAlias
 
@@ -13,7 +14,7 @@ from core.card import ModelCard
 from core.request import Kind
 from jobs import commands
 from jobs.connection import connect_async, explain, judge
-from jobs.durable import WAIT_FOR_DISK, check_on_disk
+from jobs.durable import WAITS, check_on_disk
 from jobs.job import FINAL, Job, JobState, NewJob
 from jobs.lane import Lane
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
@@ -40,8 +41,8 @@ class AsyncStore:
         self._settings = settings
         self._runner = AsyncRunner(connect_async(url), keep)
         self._submitting = AsyncRunner(connect_async(url), keep)  # its own: WAITAOF waits for this connection's writes
-        safe = settings.durability == "fsync"
-        self._submits = Lane(self._submitting, WAIT_FOR_DISK, check_on_disk) if safe else Lane(self._submitting)
+        wait = WAITS[settings.durability]
+        self._submits = Lane(self._submitting, wait, functools.partial(check_on_disk, wait) if wait else None)
         self._reads = Lane(self._runner)
         self._watcher = Watcher(connect_async(url, blocking=True), self._runner.client)
 
@@ -66,7 +67,7 @@ class AsyncStore:
             raise explain(error) from error
 
     async def submit(self, job: NewJob) -> Submitted:
-        """Create a job, or find the one that has its id; with durability "fsync" it is on disk then.
+        """Create a job, or find the one that has its id; with any durability but "memory" it is on disk then.
 
         Raises:
             QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
@@ -139,9 +140,11 @@ class AsyncStore:
         """
         with self._watcher.follow(job_id, after) as inbox:
             row = await self._row(job_id)
-            last = after
+            last, shown = after, False
             events = await self.events(job_id, last)
             while True:
+                if not shown and any(event.type == "token" for event in events):
+                    events, shown = await self._reads.run(commands.show(job_id, last)), True
                 if events:
                     last = events[-1].number
                     yield events

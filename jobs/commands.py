@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import itertools
 import json
@@ -13,8 +12,8 @@ from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import JobConflict, JobNotFound, QueueFull
 from core.request import Kind
-from jobs import rows
-from jobs.job import LABELS, QUEUE, Job, JobState, NewJob
+from jobs import logs, rows
+from jobs.job import LABELS, QUEUE, Job, JobState, NewJob, Resume
 from jobs.reports import LoggedEvent, QueueReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.scripting import Command, pack_exc
@@ -32,6 +31,8 @@ def submit(job: NewJob, settings: StoreSettings) -> Command[Submitted]:
     deadline = "" if job.deadline_seconds is None else round(job.deadline_seconds * 1000)
     fields: list[Any] = ["origin", QUEUE, "description", LABELS[kind], "timeout", -1]
     fields += ["result_ttl", job.result_ttl_seconds, "failure_ttl", job.result_ttl_seconds]
+    if job.resume is not Resume.RESTART:
+        fields += ["resume", job.resume.value]
     if job.metadata:
         fields += ["metadata", json.dumps(dict(job.metadata))]
 
@@ -91,7 +92,12 @@ def delete(job_id: str) -> Command[None]:
 
 def events(job_id: str, after: int) -> Command[list[LoggedEvent]]:
     """Read the log from event ``after + 1`` on."""
-    return Command("log", [job_id, after + 1], lambda answer: [rows.read_entry(entry) for entry in answer])
+    return Command("log", [job_id, after + 1], lambda answer: logs.read_log(answer, after + 1))
+
+
+def show(job_id: str, after: int) -> Command[list[LoggedEvent]]:
+    """The same for a reader outside: from now on the answer is not started over."""
+    return Command("show", [job_id, after + 1], lambda answer: logs.read_log(answer, after + 1))
 
 
 def workers() -> Command[list[WorkerCard]]:
@@ -137,9 +143,10 @@ def death(worker: str) -> Command[int]:
     return Command("death", [worker], int)
 
 
-def claim(worker: str, card: ModelCard, room: int, running: int) -> Command[list[Any]]:
+def claim(worker: str, card: ModelCard, room: int, running: int, settings: StoreSettings) -> Command[list[Any]]:
     """Take jobs; the raw answer, because what stock RQ put in has to be read and adopted first."""
-    return Command("claim", [worker, room, running, card.name, rows.pack_engine(card), LOOKS], list)
+    engine = [card.name, logs.pack_engine(card), LOOKS, card.identity, _ms(settings.resume_wait_seconds)]
+    return Command("claim", [worker, room, running, *engine], list)
 
 
 def adopt(job_id: str, attempt: int, kind: Kind, model: str, created: int, *, route: bool) -> Command[int]:
@@ -147,7 +154,7 @@ def adopt(job_id: str, attempt: int, kind: Kind, model: str, created: int, *, ro
 
 
 def publish(publication: Publication) -> Command[int]:
-    packed = itertools.chain.from_iterable(map(rows.pack_event, publication.events))
+    packed = itertools.chain.from_iterable(map(logs.pack_event, publication.events))
     return Command("publish", [publication.job_id, publication.attempt, publication.first, *packed], int)
 
 
@@ -157,14 +164,15 @@ def settle(settlement: Settlement, events_before: int) -> Command[int]:
     Args:
         events_before: how many events the log must hold by then; 0 when this report publishes none.
     """
-    value = error = exc = ""
+    value, error, exc, text_bytes = b"", "", "", 0
     if settlement.result is not None:
-        value = base64.b64encode(json.dumps(settlement.result.to_wire()).encode()).decode()
+        value = rows.pack_result(settlement.result)
+        text_bytes = sum(len(choice.text.encode()) for choice in settlement.result.choices)
     if settlement.error is not None:
         error = rows.pack_error(settlement.error)
         exc = pack_exc(settlement.traceback or f"{type(settlement.error).__name__}: {settlement.error}")
     args = [settlement.job_id, settlement.attempt, settlement.outcome.value, events_before]
-    return Command("settle", [*args, int(settlement.permanent), value, error, exc], int)
+    return Command("settle", [*args, int(settlement.permanent), value, error, exc, text_bytes], int)
 
 
 def release(job_id: str, attempt: int) -> Command[int]:
@@ -183,8 +191,8 @@ def reap(settings: StoreSettings, buried: str = "") -> Command[tuple[ReapReport,
 
 
 def expire() -> Command[tuple[int, bool]]:
-    """End and forget; how many, and whether there is more to do."""
-    return Command("expire", [SWEEP], lambda answer: (answer[0] + answer[1], bool(answer[2])))
+    """End, forget and pack; how many ended or were forgotten, and whether there is more to do."""
+    return Command("expire", [SWEEP], lambda answer: (answer[0], bool(answer[1])))
 
 
 def promote() -> Command[tuple[int, bool]]:

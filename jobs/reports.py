@@ -69,4 +69,4 @@ class ServerReport:
     append_only: bool
     fsync: str  #: "always", "everysec", "no", or "unknown" where CONFIG is denied
     eviction: str  #: the policy, or "none" without a memory limit
-    durability: str  #: what a 202 means here: "fsync" or "memory"
+    durability: str  #: what a 202 means here: "replica", "fsync" or "memory"

@@ -9,13 +9,14 @@ import redis
 
 from core.bounds import Wire
 from core.card import ModelCard
-from core.request import Emitted, Kind, TokenLogprob
-from jobs import commands, keys, rows
+from core.request import Emitted, Kind
+from jobs import commands, keys
 from jobs.arrivals import read_claim
 from jobs.connection import connect, explain, judge
 from jobs.dependents import release_dependents
-from jobs.durable import WAIT_FOR_DISK, check_on_disk
+from jobs.durable import WAITS, check_on_disk
 from jobs.job import Job, JobState, NewJob
+from jobs.logs import read_emitted
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.runner import Runner
 from jobs.scripting import Command
@@ -76,11 +77,12 @@ class Store:
             QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
         """
         command = commands.submit(job, self._settings)
-        if self._settings.durability == "memory":
+        wait = WAITS[self._settings.durability]
+        if not wait:
             return self._runner.run(command)
-        answer, synced = self._runner.answers([command], WAIT_FOR_DISK)
+        answer, synced = self._runner.answers([command], wait)
         submitted = command.decode(answer)
-        check_on_disk(synced)
+        check_on_disk(wait, synced)
         return submitted
 
     def get(self, job_id: str) -> Job:
@@ -170,7 +172,7 @@ class Store:
         Args:
             running: how many jobs the worker has; an empty one takes suspects first.
         """
-        answer = self._runner.run(commands.claim(worker, card, room, running))
+        answer = self._runner.run(commands.claim(worker, card, room, running, self._settings))
         claim, adoptions = read_claim(answer, card, self._is_known)
         if adoptions:
             self._runner.answers(adoptions)
@@ -225,25 +227,20 @@ class Store:
 
     def wait(self, timeout_seconds: float) -> bool:
         """Block until a job may be there, on a connection of its own; False when the time was over."""
-        model = self._card.model.name.lower() if self._card and self._card.model else ""
-        lists = [f"{keys.WAKE}.{model}", keys.WAKE]
+        card = self._card.model if self._card else None
+        lists = (
+            [keys.WAKE]
+            if card is None
+            else [f"{keys.WAKE}.{card.identity}", f"{keys.WAKE}.{card.name.lower()}", keys.WAKE]
+        )
         try:
             return self._waiting.blpop(lists, timeout=max(timeout_seconds, 0.01)) is not None  # 0 would be for ever
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
 
-    def emitted(self, job_id: str) -> tuple[Emitted, str | None]:
-        """What earlier attempts published of the first choice, and the identity of the engine that began."""
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
-        began: str | None = None
-        for event in self.events(job_id):
-            if event.type == "started" and began is None:
-                began = rows.read_identity(event.fields["engine"])
-            elif event.type == "token" and event.fields["index"] == 0:
-                token_ids += event.fields["token_ids"]
-                logprobs += [TokenLogprob.from_wire(each) for each in event.fields.get("logprobs", ())]
-        return Emitted(token_ids=tuple(token_ids), logprobs=tuple(logprobs)), began
+    def emitted(self, job_id: str) -> tuple[Emitted, ...]:
+        """What earlier attempts published, by choice."""
+        return read_emitted(self.events(job_id))
 
     def _fsync(self) -> str:
         try:

@@ -49,7 +49,8 @@ def start_valkey(folder: Path, *, port: int | None = None) -> Server:
     path = folder / "valkey.sock"
     command = [valkey_binary(), "--port", str(port or 0), "--bind", "127.0.0.1", "--unixsocket", str(path)]
     command += ["--dir", str(folder), "--appendonly", "yes", "--appendfsync", "always", "--save", ""]
-    command += ["--stream-node-max-bytes", "256", "--logfile", str(folder / "valkey.log")]
+    command += ["--stream-node-max-bytes", "256", "--hash-max-listpack-value", "4096"]
+    command += ["--logfile", str(folder / "valkey.log")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:

@@ -21,6 +21,7 @@ from tests.jobs_world import (
     done,
     kill,
     outlast_grace,
+    said,
     say,
     settings,
     take,
@@ -290,7 +291,7 @@ class Simulation:
             self.alone[name] = got.alone
             for job in got.jobs:
                 mine[job.id] = job
-                self.said[job.id] = len(self.store.emitted(job.id)[0].token_ids)
+                self.said[job.id] = len(said(self.store, job.id))
         poisoned = any(job_id.startswith("poison") for job_id in mine)
         # A kill may hit anybody at any time, but for the one moment that looks exactly like poison: a suspect, alone,
         # before its first token.

@@ -15,7 +15,7 @@ import redis
 from core.errors import NotDurable, StoreUnavailable, UnsafeServer
 from jobs import keys
 from jobs.connection import connect, judge
-from jobs.durable import check_on_disk
+from jobs.durable import WAITS, check_on_disk
 from jobs.job import JobState
 from jobs.scripting import scripts
 from jobs.settings import StoreSettings
@@ -204,9 +204,12 @@ def test_durability_memory_does_not_wait(no_disk: str) -> None:
 
 
 def test_a_timed_out_wait_raises() -> None:
-    check_on_disk([1, 0])
+    check_on_disk(WAITS["fsync"], [1, 0])
     with pytest.raises(NotDurable, match="within 2 s"):
-        check_on_disk([0, 0])
+        check_on_disk(WAITS["fsync"], [0, 0])
+    check_on_disk(WAITS["replica"], [1, 1])
+    with pytest.raises(NotDurable, match="within 2 s"):
+        check_on_disk(WAITS["replica"], [1, 0])
 
 
 # -- which servers will do

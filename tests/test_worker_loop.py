@@ -13,7 +13,7 @@ import redis
 from core.instant import InstantConfig, InstantEngine
 from core.protocol import NOTHING_EMITTED
 from core.request import Emitted, Kind, Request, SamplingParams
-from jobs.job import FINAL, Job, JobState, NewJob
+from jobs.job import FINAL, Job, JobState, NewJob, Resume
 from jobs.store import Store, WorkerCard
 from tests.worker_world import eventually, store_settings, working
 
@@ -25,9 +25,16 @@ def store(valkey_url: str) -> Iterator[Store]:
     store.close()
 
 
-def submit(store: Store, job_id: str, prompt: str = "x", seconds: float | None = None, **params: Any) -> str:
+def submit(
+    store: Store,
+    job_id: str,
+    prompt: str = "x",
+    seconds: float | None = None,
+    resume: Resume = Resume.RESTART,
+    **params: Any,
+) -> str:
     request = Request(prompt=prompt, params=SamplingParams.from_wire(params))
-    store.submit(NewJob(id=job_id, request=request, deadline_seconds=seconds))
+    store.submit(NewJob(id=job_id, request=request, deadline_seconds=seconds, resume=resume))
     return job_id
 
 
@@ -123,7 +130,7 @@ def test_a_handed_back_job_goes_on_to_the_same_text(store: Store, valkey_url: st
     assert text_of(store, "a") == (job.result or {})["choices"][0]["text"]
 
 
-def test_another_engine_does_not_go_on_with_an_answer_until_a_retry(store: Store, valkey_url: str) -> None:
+def test_another_engine_starts_over_what_nobody_has_read(store: Store, valkey_url: str) -> None:
     submit(store, "a", max_tokens=100)
     with working(valkey_url, step_ms=10):
         published(store, "a")
@@ -131,13 +138,25 @@ def test_another_engine_does_not_go_on_with_an_answer_until_a_retry(store: Store
     other.card = dataclasses.replace(other.card, dtype="bfloat16")
     with working(valkey_url, other):
         job = ended(store, "a")
-        store.retry("a")
-        again = ended(store, "a")
+    engines = [event.fields["engine"]["dtype"] for event in store.events("a") if event.type == "started"]
+
+    assert job.state is JobState.SUCCEEDED
+    assert engines == ["none", "bfloat16"]
+    assert text_of(store, "a") == (job.result or {})["choices"][0]["text"]
+    assert (job.result or {})["usage"]["completion_tokens"] == 100
+
+
+def test_an_engine_with_another_vocabulary_cannot_go_on_even_where_any_may(store: Store, valkey_url: str) -> None:
+    submit(store, "a", resume=Resume.ANY, max_tokens=100)
+    with working(valkey_url, step_ms=10):
+        published(store, "a")
+    other = InstantEngine()
+    other.card = dataclasses.replace(other.card, dtype="bfloat16", vocab_size=1)
+    with working(valkey_url, other):
+        job = ended(store, "a")
 
     assert (job.error or {})["code"] == "engine_changed"
     assert "retry" in (job.error or {})["message"]
-    assert again.state is JobState.SUCCEEDED
-    assert (again.result or {})["usage"]["completion_tokens"] == 100
 
 
 class Witness(InstantEngine):

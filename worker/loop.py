@@ -122,15 +122,14 @@ class Worker:
         """What earlier attempts have published.
 
         Raises:
-            EngineChanged: by an engine whose answer ours would not continue.
+            EngineChanged: by an engine with another vocabulary; the submitter said that any may go on.
         """
         if job.next_event <= 1:
             return NOTHING_EMITTED
-        emitted, began = self._store.emitted(job.id)
-        ours = self._engine.card.identity
-        if emitted.token_ids and began not in (None, ours):
-            raise EngineChanged(str(began), ours)
-        return emitted
+        emitted = self._store.emitted(job.id)
+        if any(token_id >= self._engine.card.vocab_size for choice in emitted for token_id in choice.token_ids):
+            raise EngineChanged(self._engine.card.identity)
+        return emitted[0] if emitted else NOTHING_EMITTED
 
     def _end_early(self) -> None:
         """Obey stop commands, deadlines and time-outs: the next step ends those jobs with what they have."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jobs.settings import DURABILITIES
+
 ENGINES = ("torch", "instant")
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -43,7 +45,7 @@ class WorkerSettings:
         _one_of("engine", self.engine, ENGINES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
-        _one_of("durability", self.durability, ("fsync", "memory"))
+        _one_of("durability", self.durability, DURABILITIES)
         _one_of("log_level", self.log_level, LOG_LEVELS)
         for name, low in _LEAST.items():
             if not getattr(self, name) >= low:

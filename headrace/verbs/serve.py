@@ -20,6 +20,7 @@ ENGINE_SETTINGS = (*MODEL_SETTINGS, "kv_memory", "max_model_len", "max_running",
 WORKER_SETTINGS = (
     *ENGINE_SETTINGS,
     *("drain_seconds", "lease_seconds", "grace_seconds", "tick_seconds", "instant_step_ms", "log_level"),
+    "resume_wait_seconds",
 )
 API_SETTINGS = (
     *("host", "port", "api_key", "api_key_file", "allow_origin", "durability", "max_queued"),
