@@ -16,6 +16,7 @@ from jobs.connection import connect_async, explain, judge
 from jobs.durable import WAIT_FOR_DISK, check_on_disk
 from jobs.job import FINAL, Job, JobState, NewJob
 from jobs.lane import Lane
+from jobs.pulse import Pulse
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.runner import AsyncRunner
@@ -32,14 +33,20 @@ LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have end
 
 
 class AsyncStore:
-    """The operations the API needs, as ``Store`` has them. Each may raise StoreUnavailable."""
+    """The operations the API needs, as ``Store`` has them.
+
+    Each may raise StoreUnavailable: at once while the server does not answer (``jobs.pulse``), and within a second of
+    when it stopped to.
+    """
 
     def __init__(self, settings: StoreSettings) -> None:
         """Take ``settings.redis_url``; nothing is sent yet."""
         url, keep = settings.redis_url, settings.result_ttl_seconds
         self._settings = settings
-        self._runner = AsyncRunner(connect_async(url), keep)
-        self._submitting = AsyncRunner(connect_async(url), keep)  # its own: WAITAOF waits for this connection's writes
+        self._pulse = Pulse(connect_async(url))
+        self._runner = AsyncRunner(connect_async(url), keep, self._pulse)
+        # Its own: WAITAOF waits for this connection's writes.
+        self._submitting = AsyncRunner(connect_async(url), keep, self._pulse)
         safe = settings.durability == "fsync"
         self._submits = Lane(self._submitting, WAIT_FOR_DISK, check_on_disk) if safe else Lane(self._submitting)
         self._reads = Lane(self._runner)
@@ -56,12 +63,18 @@ class AsyncStore:
         await self._reads.close()
         await self._submitting.client.aclose()
         await self._runner.client.aclose()
+        await self._pulse.close()
+
+    def check(self) -> None:
+        """Raise StoreUnavailable while the server does not answer; asks nobody."""
+        self._pulse.check()
 
     async def inspect(self) -> ServerReport:
         """Look at the server. Raises UnsafeServer: it cannot keep ``settings.durability``."""
         try:
-            info: dict[str, Any] = await self._runner.client.info()
-            return judge(info, await self._fsync(), self._settings)
+            async with self._pulse.beating():
+                info: dict[str, Any] = await self._runner.client.info()
+                return judge(info, await self._fsync(), self._settings)
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
 
