@@ -9,8 +9,7 @@ from collections.abc import AsyncIterator
 
 import redis
 import redis.asyncio
-from redis.exceptions import AuthenticationError, BusyLoadingError, ResponseError
-from redis.exceptions import ConnectionError as Disconnected
+from redis.exceptions import AuthenticationError, ResponseError
 
 from core.errors import StoreUnavailable
 
@@ -18,7 +17,6 @@ log = logging.getLogger("headrace.jobs.pulse")
 
 PAUSE_SECONDS = 0.25  #: between two pings
 SILENCE_SECONDS = 0.5  #: a server that answers no ping for so long is away
-LATE_SECONDS = 0.05  #: our own loop may be the slow one: its timer fires before it has read the answer
 
 
 class Pulse:
@@ -82,10 +80,9 @@ class Pulse:
 
     async def _look(self) -> str | None:
         """What is wrong with the server; None when it answers, be it with a refusal that callers will hear, too."""
-        ping = asyncio.ensure_future(self._ping())
+        ping = asyncio.ensure_future(self._client.ping())
         try:
-            for seconds in (SILENCE_SECONDS, LATE_SECONDS):
-                await asyncio.wait({ping}, timeout=seconds)
+            await asyncio.wait({ping}, timeout=SILENCE_SECONDS)
             if not ping.done():
                 return f"no answer within {SILENCE_SECONDS:g} s"
             ping.result()
@@ -97,11 +94,3 @@ class Pulse:
             ping.cancel()
             await asyncio.wait({ping})
         return None
-
-    async def _ping(self) -> None:
-        try:
-            await self._client.ping()
-        except BusyLoadingError:
-            raise
-        except Disconnected:  # perhaps only this connection was cut: once more, on a new one
-            await self._client.ping()

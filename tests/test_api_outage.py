@@ -84,6 +84,7 @@ def check_back(client: httpx2.Client, since: float) -> None:
 def test_calls_in_flight_and_calls_to_come_fail_soon_when_the_server_hangs(
     client: httpx2.Client, own_valkey: Server
 ) -> None:
+    assert client.get("/ready").status_code == 200  # and remembered for a second
     own_valkey.process.send_signal(signal.SIGSTOP)
     try:
         in_flight = [("GET", "/v1/jobs/{job_id}"), ("POST", "/v1/jobs"), ("GET", "/v1/jobs/{job_id}/events")]
@@ -92,6 +93,7 @@ def test_calls_in_flight_and_calls_to_come_fail_soon_when_the_server_hangs(
         for route, answer, seconds in answers:
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable"), route
             assert seconds < NOTICED_SECONDS, f"{route} took {seconds:.2f} s"
+        assert client.get("/ready").status_code == 503
         time.sleep(1)  # what is remembered of workers and models may be so old
         check_away(client)
     finally:
