@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -30,7 +31,7 @@ from api.routes import events, fleet, jobs, predict, state
 from api.schema import QUERY_NAMES
 from api.settings import ApiSettings
 from core import errors
-from core.errors import HeadraceError, QueueFull
+from core.errors import DeadlineUnreachable, HeadraceError, QueueFull
 from jobs.async_store import AsyncStore
 
 #: The nearest class counts: a leaf without a row is answered as its parent is.
@@ -43,7 +44,10 @@ ANSWERS: Mapping[type[HeadraceError], Answer] = {
     errors.JobNotFound: Answer(status=404),
     errors.JobTimeout: Answer(status=504, repeat=False),
     errors.QueueFull: Answer(status=429),  # Retry-After is the error's own estimate
+    # The client's own move: a repeat would have a later deadline, so nobody repeats it unasked. Retry-After as above.
+    errors.DeadlineUnreachable: Answer(status=429, repeat=False),
     errors.StoreError: Answer(status=503, retry_after=2, text="the job store is unavailable; try again"),
+    errors.StoreFull: Answer(status=503, retry_after=5),
     errors.NotDurable: Answer(status=503, retry_after=1),
     errors.UnsafeServer: Answer(status=503, retry_after=60, text="the job store cannot keep a job safe as configured"),
     errors.EngineError: Answer(status=500, repeat=False),
@@ -111,8 +115,8 @@ def answer_to(error: HeadraceError) -> Answer:
         row = ENDED.get(error.code) or _by_code(HeadraceError, error.code)
         return row or ANSWERS[ours.JobNotSucceeded]
     row = _row(type(error))
-    if isinstance(error, QueueFull):
-        return Answer(status=row.status, retry_after=min(max(error.retry_after_seconds, 1), 120))
+    if isinstance(error, QueueFull | DeadlineUnreachable):
+        return dataclasses.replace(row, retry_after=min(max(error.retry_after_seconds, 1), 120))
     return row
 
 

@@ -21,6 +21,7 @@ from core.bounds import (
     MAX_STOP_STRINGS,
     MAX_TOKEN_ID,
 )
+from core.errors import InvalidField
 from core.request import Kind, Request, SamplingParams
 from jobs.job import JobState, NewJob
 
@@ -110,6 +111,7 @@ class JobFields(Body):
 
     model: ModelName | None = None
     deadline_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = None
+    refuse_if_late: bool = False
     result_ttl_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
 
@@ -123,11 +125,18 @@ class JobFields(Body):
         return Request.from_wire(wire)
 
     def to_new_job(self, job_id: str, request: Request, *, result_ttl_seconds: int) -> NewJob:
-        """The job to submit; ``request`` is ours with the model's name settled."""
+        """The job to submit; ``request`` is ours with the model's name settled.
+
+        Raises:
+            InvalidField: ``refuse_if_late`` without a deadline.
+        """
+        if self.refuse_if_late and self.deadline_seconds is None:
+            raise InvalidField("refuse_if_late", "needs deadline_seconds beside it")
         return NewJob(
             id=job_id,
             request=request,
             deadline_seconds=self.deadline_seconds,
+            refuse_if_late=self.refuse_if_late,
             result_ttl_seconds=self.result_ttl_seconds or result_ttl_seconds,
             metadata=self.metadata,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Collection
 from typing import Any, TypeAlias
 
@@ -16,7 +17,9 @@ from jobs.connection import connect_async, explain, judge
 from jobs.durable import WAIT_FOR_DISK, check_on_disk
 from jobs.job import FINAL, Job, JobState, NewJob
 from jobs.lane import Lane
+from jobs.memory import MEMORY_SECONDS, MemoryReport, read_memory
 from jobs.pulse import Pulse
+from jobs.remembered import Remembered
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.runner import AsyncRunner
@@ -50,6 +53,7 @@ class AsyncStore:
         safe = settings.durability == "fsync"
         self._submits = Lane(self._submitting, WAIT_FOR_DISK, check_on_disk) if safe else Lane(self._submitting)
         self._reads = Lane(self._runner)
+        self._memory = Remembered(self._look_at_memory, MEMORY_SECONDS, time.monotonic)
         self._watcher = Watcher(connect_async(url, blocking=True), self._runner.client)
 
     @classmethod
@@ -82,9 +86,14 @@ class AsyncStore:
         """Create a job, or find the one that has its id; with durability "fsync" it is on disk then.
 
         Raises:
-            QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
+            QueueFull, StoreFull, DeadlineUnreachable; NotDurable: it is there, but the disk has not confirmed it: a
+                repeat with the same id is safe.
         """
-        return await self._submits.run(commands.submit(job, self._settings))
+        return await self._submits.run(commands.submit(job, self._settings, await self.memory()))
+
+    async def memory(self) -> MemoryReport:
+        """The server's memory, as it was at most a second ago."""
+        return await self._memory.get()
 
     async def get(self, job_id: str) -> Job:
         """Raises JobNotFound."""
@@ -180,6 +189,13 @@ class AsyncStore:
                 if row.job.state in FINAL or left <= 0:
                     return row.job
                 await _until_finished(inbox, min(left, LOOK_SECONDS))
+
+    async def _look_at_memory(self) -> MemoryReport:
+        try:
+            async with self._pulse.beating():
+                return read_memory(await self._runner.client.info("memory"))
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
 
     async def _row(self, job_id: str) -> Row:
         row = await self._reads.run(commands.get(job_id))

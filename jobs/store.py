@@ -12,10 +12,11 @@ from core.card import ModelCard
 from core.request import Emitted, Kind, TokenLogprob
 from jobs import commands, keys, rows
 from jobs.arrivals import read_claim
-from jobs.connection import connect, explain, judge
+from jobs.connection import connect, explain, explained, judge
 from jobs.dependents import release_dependents
 from jobs.durable import WAIT_FOR_DISK, check_on_disk
 from jobs.job import Job, JobState, NewJob
+from jobs.memory import Lately, MemoryReport, read_memory
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.runner import Runner
 from jobs.scripting import Command
@@ -38,6 +39,7 @@ class Store:
         self._settings = settings
         self._runner = Runner(connect(settings.redis_url), settings.result_ttl_seconds)
         self._waiting = connect(settings.redis_url, blocking=True)
+        self._memory = Lately(self._look_at_memory)
         self._card: WorkerCard | None = None
 
     @classmethod
@@ -73,9 +75,10 @@ class Store:
         """Create a job, or find the one that has its id.
 
         Raises:
-            QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
+            QueueFull, StoreFull, DeadlineUnreachable; NotDurable: it is there, but the disk has not confirmed it: a
+                repeat with the same id is safe.
         """
-        command = commands.submit(job, self._settings)
+        command = commands.submit(job, self._settings, self._memory.get())
         if self._settings.durability == "memory":
             return self._runner.run(command)
         answer, synced = self._runner.answers([command], WAIT_FOR_DISK)
@@ -251,6 +254,10 @@ class Store:
         except redis.exceptions.NoPermissionError:
             return "unknown"
         return str(found.get("appendfsync", "unknown"))
+
+    def _look_at_memory(self) -> MemoryReport:
+        with explained():
+            return read_memory(self._runner.client.info("memory"))
 
     def _is_known(self, model: str) -> bool:
         return any(card.name.lower() == model.lower() for card in self.known())
