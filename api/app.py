@@ -27,7 +27,7 @@ from api.held import Held
 from api.metrics import Metrics
 from api.observe import Observe
 from api.problems import MEDIA_TYPE, PROBLEM_REFERENCE, PROBLEM_SCHEMA, Answer, Asked, respond
-from api.routes import events, fleet, jobs, predict, state
+from api.routes import dead_letters, events, fleet, jobs, predict, state
 from api.schema import QUERY_NAMES
 from api.settings import ApiSettings
 from core import errors
@@ -72,7 +72,7 @@ ENDED: Mapping[str, Answer] = {
     "job_expired": Answer(status=504, repeat=False),
 }
 
-ROUTES = (jobs, events, predict, fleet, state)
+ROUTES = (jobs, events, dead_letters, predict, fleet, state)
 EXPOSED_HEADERS = ("location", "retry-after", "preference-applied", "x-request-id", "x-should-retry")
 ALLOWED_HEADERS = ("authorization", "content-type", "last-event-id", "prefer", "x-api-key", "x-request-id")
 

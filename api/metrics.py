@@ -77,6 +77,7 @@ def _of_queue(queue: QueueReport) -> Iterable[Metric]:
         jobs.add_metric([str(state)], count)
     yield jobs
     yield GaugeMetricFamily("headrace_queue_depth", "Jobs that wait to be claimed", value=queue.queued)
+    yield GaugeMetricFamily("headrace_dead_letters", "Jobs that killed their workers", value=queue.dead_letters)
 
 
 def _of_memory(memory: MemoryReport) -> Iterable[Metric]:

@@ -30,6 +30,7 @@ MAX_METADATA = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 MAX_PAGE = 100
+MAX_RETRIES = 1_000  #: ids in one body
 MAX_HELD_SECONDS = 3_600
 MAX_EVENT_NUMBER = 2**53 - 1
 JOB_ID = r"^[A-Za-z0-9_-]{1,128}$"
@@ -165,8 +166,15 @@ class TextBody(Body):
     model: ModelName | None = None
 
 
+class RetryBody(Body):
+    """Which dead letters to queue again; all where none is named."""
+
+    ids: Annotated[list[JobId], Field(min_length=1, max_length=MAX_RETRIES)] | None = None
+
+
 JobBody = Annotated[GenerateBody | PredictBody, Field(discriminator="kind")]
 JOB_BODY: TypeAdapter[GenerateBody | PredictBody] = TypeAdapter(JobBody)
+RETRY_BODY: TypeAdapter[RetryBody] = TypeAdapter(RetryBody)
 TEXT_BODY: TypeAdapter[TextBody] = TypeAdapter(TextBody)
 
 
@@ -182,14 +190,19 @@ class WaitQuery(Query):
     wait: Seconds = 0.0
 
 
-class ListQuery(Query):
+class PageQuery(Query):
+    """A page of a list, newest first."""
+
+    after: JobId | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 20
+
+
+class ListQuery(PageQuery):
     """Which jobs, newest first."""
 
     status: Annotated[list[JobState], Field(max_length=16)] = Field(default_factory=list)
     kind: Annotated[list[Kind], Field(max_length=16)] = Field(default_factory=list)
     reason: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    after: JobId | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 20
 
 
 class EventsQuery(Query):
@@ -208,4 +221,5 @@ JOB_NAMES: Names = {
     "input.messages": tuple(Turn.model_fields),
 }
 TEXT_NAMES: Names = {"": tuple(TextBody.model_fields)}
+RETRY_NAMES: Names = {"": tuple(RetryBody.model_fields)}
 QUERY_NAMES: Names = {"": tuple({**WaitQuery.model_fields, **ListQuery.model_fields, **EventsQuery.model_fields})}

@@ -14,6 +14,7 @@ from core.card import ModelCard
 from core.request import Kind
 from jobs import commands
 from jobs.connection import connect_async, explain, judge
+from jobs.dead_letters import DeadLetters
 from jobs.durable import WAIT_FOR_DISK, check_on_disk
 from jobs.job import FINAL, Job, JobState, NewJob
 from jobs.lane import Lane
@@ -54,6 +55,7 @@ class AsyncStore:
         self._submits = Lane(self._submitting, WAIT_FOR_DISK, check_on_disk) if safe else Lane(self._submitting)
         self._reads = Lane(self._runner)
         self._memory = Remembered(self._look_at_memory, MEMORY_SECONDS, time.monotonic)
+        self.dead = DeadLetters(self._runner)
         self._watcher = Watcher(connect_async(url, blocking=True), self._runner.client)
 
     @classmethod

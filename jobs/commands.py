@@ -111,8 +111,9 @@ def known_models() -> Command[list[ModelCard]]:
 
 def queue() -> Command[QueueReport]:
     def decode(answer: Any) -> QueueReport:
-        states = dict(zip(JobState, answer[2:], strict=True))
-        return QueueReport(states=states, completions_per_second=float(answer[0]), suspects=answer[1])
+        rate, suspects, dead, *counts = answer
+        states = dict(zip(JobState, counts, strict=True))
+        return QueueReport(states=states, completions_per_second=float(rate), suspects=suspects, dead_letters=dead)
 
     return Command("queue", [], decode)
 
