@@ -26,6 +26,7 @@ from core.request import Request, SamplingParams
 from jobs import commands
 from jobs.connection import connect
 from jobs.job import NewJob
+from jobs.memory import MemoryReport
 from jobs.runner import Runner
 from jobs.settings import StoreSettings
 from jobs.store import Store, WorkerCard
@@ -73,10 +74,11 @@ def fill(store: Store, depth: int) -> None:
     client.config_set("appendfsync", "everysec")
     runner = Runner(client, 86_400)
     settings = StoreSettings(max_queued=10**9)
+    memory = MemoryReport(used_bytes=0, limit_bytes=0)
     missing = depth - store.queue().queued
     start = time.monotonic()
     for first in range(0, missing, BATCH):
-        new = [commands.submit(make(), settings) for _ in range(min(BATCH, missing - first))]
+        new = [commands.submit(make(), settings, memory) for _ in range(min(BATCH, missing - first))]
         runner.answers(new)
     print(f"{depth:>9,} queued after {time.monotonic() - start:.0f} s", file=sys.stderr)
     client.config_set("appendfsync", "always")

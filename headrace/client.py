@@ -137,6 +137,18 @@ class Client:
         """A page of jobs, newest first."""
         return self._send(calls.jobs(status=status, kind=kind, after=after, limit=limit))
 
+    def dead_letters(self, *, after: str | None = None, limit: int = 20) -> JobPage:
+        """A page of the jobs that were running each time their worker died, the last to die first."""
+        return self._send(calls.dead_letters(after=after, limit=limit))
+
+    def retry_dead_letters(self, ids: Sequence[str] | None = None) -> Mapping[str, Any]:
+        """Queue these dead letters, or all, again; which were, which ``skipped``, and whether it ``has_more``."""
+        return self._send(calls.retry_dead_letters(ids))
+
+    def purge_dead_letters(self) -> Mapping[str, Any]:
+        """Forget all dead letters; how many were ``deleted``, and whether it ``has_more``."""
+        return self._send(calls.purge_dead_letters())
+
     def models(self) -> Sequence[Mapping[str, Any]]:
         """What is served."""
         return self._send(calls.models())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 from collections.abc import AsyncGenerator, Collection
 from typing import Any, TypeAlias
 
@@ -14,9 +15,13 @@ from core.card import ModelCard
 from core.request import Kind
 from jobs import commands
 from jobs.connection import connect_async, explain, judge
+from jobs.dead_letters import DeadLetters
 from jobs.durable import WAITS, check_on_disk
 from jobs.job import FINAL, Job, JobState, NewJob
 from jobs.lane import Lane
+from jobs.memory import MEMORY_SECONDS, MemoryReport, read_memory
+from jobs.pulse import Pulse
+from jobs.remembered import Remembered
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.runner import AsyncRunner
@@ -33,17 +38,25 @@ LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have end
 
 
 class AsyncStore:
-    """The operations the API needs, as ``Store`` has them. Each may raise StoreUnavailable."""
+    """The operations the API needs, as ``Store`` has them.
+
+    Each may raise StoreUnavailable: at once while the server does not answer (``jobs.pulse``), and within a second of
+    when it stopped to.
+    """
 
     def __init__(self, settings: StoreSettings) -> None:
         """Take ``settings.redis_url``; nothing is sent yet."""
         url, keep = settings.redis_url, settings.result_ttl_seconds
         self._settings = settings
-        self._runner = AsyncRunner(connect_async(url), keep)
-        self._submitting = AsyncRunner(connect_async(url), keep)  # its own: WAITAOF waits for this connection's writes
+        self._pulse = Pulse(connect_async(url))
+        self._runner = AsyncRunner(connect_async(url), keep, self._pulse)
+        # Its own: WAITAOF waits for this connection's writes.
+        self._submitting = AsyncRunner(connect_async(url), keep, self._pulse)
         wait = WAITS[settings.durability]
         self._submits = Lane(self._submitting, wait, functools.partial(check_on_disk, wait) if wait else None)
         self._reads = Lane(self._runner)
+        self._memory = Remembered(self._look_at_memory, MEMORY_SECONDS, time.monotonic)
+        self.dead = DeadLetters(self._runner)
         self._watcher = Watcher(connect_async(url, blocking=True), self._runner.client)
 
     @classmethod
@@ -57,12 +70,18 @@ class AsyncStore:
         await self._reads.close()
         await self._submitting.client.aclose()
         await self._runner.client.aclose()
+        await self._pulse.close()
+
+    def check(self) -> None:
+        """Raise StoreUnavailable while the server does not answer; asks nobody."""
+        self._pulse.check()
 
     async def inspect(self) -> ServerReport:
         """Look at the server. Raises UnsafeServer: it cannot keep ``settings.durability``."""
         try:
-            info: dict[str, Any] = await self._runner.client.info()
-            return judge(info, await self._fsync(), self._settings)
+            async with self._pulse.beating():
+                info: dict[str, Any] = await self._runner.client.info()
+                return judge(info, await self._fsync(), self._settings)
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
 
@@ -70,9 +89,14 @@ class AsyncStore:
         """Create a job, or find the one that has its id; with any durability but "memory" it is on disk then.
 
         Raises:
-            QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
+            QueueFull, StoreFull, DeadlineUnreachable; NotDurable: it is there, but the disk has not confirmed it: a
+                repeat with the same id is safe.
         """
-        return await self._submits.run(commands.submit(job, self._settings))
+        return await self._submits.run(commands.submit(job, self._settings, await self.memory()))
+
+    async def memory(self) -> MemoryReport:
+        """The server's memory, as it was at most a second ago."""
+        return await self._memory.get()
 
     async def get(self, job_id: str) -> Job:
         """Raises JobNotFound."""
@@ -170,6 +194,13 @@ class AsyncStore:
                 if row.job.state in FINAL or left <= 0:
                     return row.job
                 await _until_finished(inbox, min(left, LOOK_SECONDS))
+
+    async def _look_at_memory(self) -> MemoryReport:
+        try:
+            async with self._pulse.beating():
+                return read_memory(await self._runner.client.info("memory"))
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
 
     async def _row(self, job_id: str) -> Row:
         row = await self._reads.run(commands.get(job_id))

@@ -10,10 +10,11 @@ from typing import Any
 
 from core.bounds import Wire
 from core.card import ModelCard
-from core.errors import JobConflict, JobNotFound, QueueFull
+from core.errors import DeadlineUnreachable, JobConflict, JobNotFound, QueueFull, StoreFull
 from core.request import Kind
 from jobs import logs, rows
 from jobs.job import LABELS, QUEUE, Job, JobState, NewJob, Resume
+from jobs.memory import MemoryReport
 from jobs.reports import LoggedEvent, QueueReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.scripting import Command, pack_exc
@@ -21,30 +22,36 @@ from jobs.settings import StoreSettings
 from jobs.work import Beat, Publication, ReapReport, Settlement
 
 REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, TOO_EARLY = 0, 1, 2, 3, 4, -1
+FULL_QUEUE, FULL_STORE, LATE = -1, -2, -3  #: why a submission was refused
 LOOKS = 512  #: ids one claim may look at
 SWEEP = 500  #: jobs one call of expire, promote or reap may move
 
 
-def submit(job: NewJob, settings: StoreSettings) -> Command[Submitted]:
-    """Create a job; its decoding raises QueueFull."""
+def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Command[Submitted]:
+    """Create a job; its decoding raises QueueFull, StoreFull, DeadlineUnreachable, which no known id meets."""
     kind, model = job.request.kind, job.request.model or ""
     deadline = "" if job.deadline_seconds is None else round(job.deadline_seconds * 1000)
     fields: list[Any] = ["origin", QUEUE, "description", LABELS[kind], "timeout", -1]
     fields += ["result_ttl", job.result_ttl_seconds, "failure_ttl", job.result_ttl_seconds]
     if job.resume is not Resume.RESTART:
         fields += ["resume", job.resume.value]
+    bounds: list[Any] = [settings.max_queued, int(memory.full), int(job.refuse_if_late)]
     if job.metadata:
         fields += ["metadata", json.dumps(dict(job.metadata))]
 
     def decode(answer: Any) -> Submitted:
         code, found, *rest = answer
-        if code < 0:
+        if code == FULL_QUEUE:
             raise QueueFull(found, settings.max_queued, rest[0])
+        if code == FULL_STORE:
+            raise StoreFull(memory.used_bytes, memory.limit_bytes)
+        if code == LATE:
+            raise DeadlineUnreachable(found, job.deadline_seconds or 0)
         request = job.request if code else rows.read_asked(rest[0])
         return Submitted(job=_job(found, job.id, request=request), created=code == 1)
 
     data = rows.pack_request(job.request)
-    return Command("submit", [job.id, kind.value, model, deadline, settings.max_queued, data, *fields], decode)
+    return Command("submit", [job.id, kind.value, model, deadline, *bounds, data, *fields], decode)
 
 
 def get(job_id: str) -> Command[Row]:
@@ -110,8 +117,9 @@ def known_models() -> Command[list[ModelCard]]:
 
 def queue() -> Command[QueueReport]:
     def decode(answer: Any) -> QueueReport:
-        states = dict(zip(JobState, answer[2:], strict=True))
-        return QueueReport(states=states, completions_per_second=float(answer[0]), suspects=answer[1])
+        rate, suspects, dead, *counts = answer
+        states = dict(zip(JobState, counts, strict=True))
+        return QueueReport(states=states, completions_per_second=float(rate), suspects=suspects, dead_letters=dead)
 
     return Command("queue", [], decode)
 

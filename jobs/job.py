@@ -70,6 +70,7 @@ class NewJob:
     request: Request
     deadline_seconds: float | None = None  #: after submission; then it ends as EXPIRED, with what it has
     resume: Resume = Resume.RESTART
+    refuse_if_late: bool = False  #: not taken at all where the queue is too long for the deadline
     result_ttl_seconds: int = 86_400  #: how long result, error and events are kept after the end
     metadata: Mapping[str, str] = field(default_factory=dict)
 

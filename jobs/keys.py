@@ -47,6 +47,7 @@ CARD = "headrace:worker:"  #: + worker: hash, what /v1/workers shows
 MODELS = "headrace:models"  #: hash name -> card, of every model ever served
 DEADLINES = "headrace:deadlines"  #: zset of queued ids by deadline (milliseconds)
 RETENTION = "headrace:retention"  #: zset of ended ids by the time they are forgotten (milliseconds)
+DEAD = "headrace:dead"  #: zset of dead letters' ids by the time they died (milliseconds)
 WAKE = f"headrace:wake:{QUEUE}"  #: list, a token for each job that became ready; + .model: the same for one model
 TICKETS = "headrace:tickets"  #: how many jobs ever joined the queue
 PASSED = "headrace:passed"  #: how many of those have left it, about: ticket - passed is a position

@@ -50,6 +50,7 @@ class QueueReport:
     states: Mapping[JobState, int]  #: remembered jobs, by state
     completions_per_second: float  #: over the last minute
     suspects: int  #: jobs that wait to run alone after two crashes
+    dead_letters: int  #: failed jobs that were running each time their worker died
 
     @property
     def queued(self) -> int:

@@ -14,6 +14,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError
 
 from jobs.connection import explain
+from jobs.pulse import Pulse
 from jobs.scripting import Command, scripts
 
 T = TypeVar("T")
@@ -75,11 +76,12 @@ class Runner:
 
 
 class AsyncRunner:
-    """Runs commands over one asyncio client; otherwise as ``Runner``."""
+    """Runs commands over one asyncio client, each only as long as the server's pulse beats; otherwise as ``Runner``."""
 
-    def __init__(self, client: redis.asyncio.Redis, keep_seconds: int) -> None:
+    def __init__(self, client: redis.asyncio.Redis, keep_seconds: int, pulse: Pulse) -> None:
         self.client = client
         self._keep = keep_seconds
+        self._pulse = pulse
 
     async def run(self, command: Command[T]) -> T:
         """Run one command.
@@ -97,7 +99,8 @@ class AsyncRunner:
             StoreError: the first fault; commands behind it may have run.
         """
         try:
-            return await self._answers(commands, tail)
+            async with self._pulse.beating():
+                return await self._answers(commands, tail)
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
 

@@ -12,11 +12,12 @@ from core.card import ModelCard
 from core.request import Emitted, Kind
 from jobs import commands, keys
 from jobs.arrivals import read_claim
-from jobs.connection import connect, explain, judge
+from jobs.connection import connect, explain, explained, judge
 from jobs.dependents import release_dependents
 from jobs.durable import WAITS, check_on_disk
 from jobs.job import Job, JobState, NewJob
 from jobs.logs import read_emitted
+from jobs.memory import Lately, MemoryReport, read_memory
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.runner import Runner
 from jobs.scripting import Command
@@ -39,6 +40,7 @@ class Store:
         self._settings = settings
         self._runner = Runner(connect(settings.redis_url), settings.result_ttl_seconds)
         self._waiting = connect(settings.redis_url, blocking=True)
+        self._memory = Lately(self._look_at_memory)
         self._card: WorkerCard | None = None
 
     @classmethod
@@ -74,9 +76,10 @@ class Store:
         """Create a job, or find the one that has its id.
 
         Raises:
-            QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
+            QueueFull, StoreFull, DeadlineUnreachable; NotDurable: it is there, but the disk has not confirmed it: a
+                repeat with the same id is safe.
         """
-        command = commands.submit(job, self._settings)
+        command = commands.submit(job, self._settings, self._memory.get())
         wait = WAITS[self._settings.durability]
         if not wait:
             return self._runner.run(command)
@@ -248,6 +251,10 @@ class Store:
         except redis.exceptions.NoPermissionError:
             return "unknown"
         return str(found.get("appendfsync", "unknown"))
+
+    def _look_at_memory(self) -> MemoryReport:
+        with explained():
+            return read_memory(self._runner.client.info("memory"))
 
     def _is_known(self, model: str) -> bool:
         return any(card.name.lower() == model.lower() for card in self.known())

@@ -141,6 +141,18 @@ def test_patience_with_a_busy_server_ends(server: Server, client: Client) -> Non
     assert len(server.asked) == 1  # sixty seconds are more than we had: no point in waiting
 
 
+def test_a_refusal_that_is_not_to_be_repeated_is_not(server: Server, client: Client) -> None:
+    server.script = [
+        answers(429, problem(429, "deadline_unreachable"), retry_after="0.1", x_should_retry="false"),
+        answers(202, job("queued")),
+    ]
+
+    with pytest.raises(Overloaded, match="deadline_unreachable"):
+        client.submit({"input": {"prompt": "hello"}, "deadline_seconds": 1, "refuse_if_late": True})
+    assert server.asked[0][3]["refuse_if_late"] is True
+    assert len(server.asked) == 1
+
+
 def test_pauses_are_at_least_what_the_server_asks_for_and_never_exceed_the_patience() -> None:
     tries = Tries(Patience(busy_seconds=10))
     pauses = [tries.pause_after_status(429, "3") for _ in range(4)]

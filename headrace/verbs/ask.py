@@ -110,6 +110,7 @@ async def _submit_all(invocation: Invocation, bodies: Sequence[Mapping[str, Any]
 def _with_options(invocation: Invocation, body: Mapping[str, Any]) -> Mapping[str, Any]:
     arguments = invocation.arguments
     extra = {"model": arguments.model, "deadline_seconds": arguments.deadline_seconds}
+    extra["refuse_if_late"] = arguments.refuse_if_late or None
     return {**body_of(body, **invocation.sampling()), **{k: v for k, v in extra.items() if v is not None}}
 
 
@@ -183,6 +184,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="the model to ask, where several are served")
     parser.add_argument("--deadline-seconds", type=float, metavar="SECONDS", help="give up so long after submission")
+    parser.add_argument("--refuse-if-late", action="store_true", help="take no job that the queue keeps beyond that")
     add_sampling(parser)
 
 

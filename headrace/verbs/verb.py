@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from headrace.client import Client
 from headrace.layers import flag
 from headrace.patience import Patience
-from headrace.settings import RULES, Settings
+from headrace.settings import RULES, SettingError, Settings
 
 #: Stable exit codes.
 OK, FAILED, USAGE, UNREACHABLE, TIMED_OUT = 0, 1, 2, 3, 5
@@ -54,6 +54,18 @@ class Invocation:
     def client(self, patience: Patience | None = None) -> Client:
         """A client of the server that the settings name."""
         return Client(self.settings.url, api_key=self.settings.read_api_key(), patience=patience)
+
+    def ids(self) -> Sequence[str]:
+        """The ids that were typed, or for ``-`` those on standard input.
+
+        Raises:
+            SettingError: there is none.
+        """
+        given: Sequence[str] = self.arguments.ids
+        ids = sys.stdin.read().split() if list(given) == ["-"] else given
+        if not ids:
+            raise SettingError("no job id was given")
+        return ids
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that were given."""

@@ -33,6 +33,7 @@ local function unlist(id)
   call('ZREM', K.retention, id)
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)
+  call('ZREM', K.dead, id)
 end
 
 -- Remove every trace of a job. Its log stays a minute for those who read it now.
@@ -110,6 +111,7 @@ local function finish(id, job, state, how)
   write_result(id, job, status, how)
   local seconds = keep(job)
   call('ZADD', REGISTRY[status], status == 'canceled' and SECONDS or seconds < 0 and '+inf' or SECONDS + seconds, id)
+  if how.reason == 'poison_job' then call('ZADD', K.dead, NOW, id) end
   if state == 'succeeded' or state == 'failed' then
     local bucket = K.rate .. math.floor(SECONDS / 10)
     call('INCR', bucket)
