@@ -45,7 +45,8 @@ class Step:
 class Scheduler:
     """Who is computed next.
 
-    Invariant: a sequence runs exactly while it has a run of cache slots; both are given and taken together.
+    Invariant: a sequence runs exactly while it has a run of cache slots; both are given and taken together. The choices
+    of a job are sequences like any other: they need not run at once.
     """
 
     def __init__(self, pool: BlockPool, *, max_running: int, step_tokens: int) -> None:
@@ -75,14 +76,15 @@ class Scheduler:
             sequence.run = run
             self.running.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence and free its slots; what waited for them may run."""
-        if sequence.run is None:
-            self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            self._pool.free(sequence.run)
-            sequence.run = None
+    def remove(self, *sequences: Sequence) -> None:
+        """Forget sequences and free their slots; what waited for them may run."""
+        for sequence in sequences:
+            if sequence.run is None:
+                self.waiting.remove(sequence)
+            else:
+                self.running.remove(sequence)
+                self._pool.free(sequence.run)
+                sequence.run = None
         self.admit()
 
     def plan(self) -> Step:

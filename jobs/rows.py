@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import HeadraceError, InvalidField, UnsupportedRequest
-from core.request import Kind, Request, TokenEvent, TokenLogprob
+from core.request import Emitted, Kind, Request, TokenEvent, TokenLogprob
 from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState
 from jobs.reports import LoggedEvent, WorkerCard
 from jobs.scripting import SEEN
@@ -145,6 +145,26 @@ def read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> LoggedEvent:
     if b"l" in fields:
         token["logprobs"] = [_read_logprob(each).to_wire() for each in json.loads(fields[b"l"])]
     return LoggedEvent(number=number, type="token", fields=token)
+
+
+def read_emitted(events: Iterable[LoggedEvent]) -> tuple[tuple[Emitted, ...], str | None]:
+    """What a log says was published, up to the last choice that has a token; and the identity of who began."""
+    token_ids: dict[int, list[int]] = {}
+    logprobs: dict[int, list[TokenLogprob]] = {}
+    began: str | None = None
+    for event in events:
+        if event.type == "started" and began is None:
+            began = read_identity(event.fields["engine"])
+        elif event.type == "token":
+            index = event.fields["index"]
+            token_ids.setdefault(index, []).extend(event.fields["token_ids"])
+            read = map(TokenLogprob.from_wire, event.fields.get("logprobs", ()))
+            logprobs.setdefault(index, []).extend(read)
+    emitted = tuple(
+        Emitted(token_ids=tuple(token_ids.get(index, ())), logprobs=tuple(logprobs.get(index, ())))
+        for index in range(max(token_ids, default=-1) + 1)
+    )
+    return emitted, began
 
 
 def pack_engine(card: ModelCard) -> str:

@@ -9,7 +9,7 @@ import redis
 
 from core.bounds import Wire
 from core.card import ModelCard
-from core.request import Emitted, Kind, TokenLogprob
+from core.request import Emitted, Kind
 from jobs import commands, keys, rows
 from jobs.arrivals import read_claim
 from jobs.connection import connect, explain, judge
@@ -232,18 +232,9 @@ class Store:
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
 
-    def emitted(self, job_id: str) -> tuple[Emitted, str | None]:
-        """What earlier attempts published of the first choice, and the identity of the engine that began."""
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
-        began: str | None = None
-        for event in self.events(job_id):
-            if event.type == "started" and began is None:
-                began = rows.read_identity(event.fields["engine"])
-            elif event.type == "token" and event.fields["index"] == 0:
-                token_ids += event.fields["token_ids"]
-                logprobs += [TokenLogprob.from_wire(each) for each in event.fields.get("logprobs", ())]
-        return Emitted(token_ids=tuple(token_ids), logprobs=tuple(logprobs)), began
+    def emitted(self, job_id: str) -> tuple[tuple[Emitted, ...], str | None]:
+        """What earlier attempts published, by choice, and the identity of the engine that began."""
+        return rows.read_emitted(self.events(job_id))
 
     def _fsync(self) -> str:
         try:

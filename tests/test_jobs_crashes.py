@@ -290,7 +290,7 @@ class Simulation:
             self.alone[name] = got.alone
             for job in got.jobs:
                 mine[job.id] = job
-                self.said[job.id] = len(self.store.emitted(job.id)[0].token_ids)
+                self.said[job.id] = sum(len(choice.token_ids) for choice in self.store.emitted(job.id)[0])
         poisoned = any(job_id.startswith("poison") for job_id in mine)
         # A kill may hit anybody at any time, but for the one moment that looks exactly like poison: a suspect, alone,
         # before its first token.

@@ -126,7 +126,7 @@ class Walk:
         if (found := self.any_held()) is None:
             return
         name, job = found
-        said = len(self.store.emitted(job.id)[0].token_ids)
+        said = sum(len(choice.token_ids) for choice in self.store.emitted(job.id)[0])
         logged = self.store.events(job.id)
         first = logged[-1].number + 1 if logged else job.next_event
         number = self.random.randint(1, 3)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from core.bounds import Wire
 from core.errors import EngineChanged, HeadraceError, JobTimeout, StoreUnavailable
-from core.protocol import NOTHING_EMITTED, EngineProtocol
+from core.protocol import EngineProtocol
 from core.request import Emitted, Event, FinishedEvent, FinishReason, TokenEvent
 from jobs.store import ClaimedJob, Store
 from worker.outage import Outage
@@ -118,17 +118,17 @@ class Worker:
         else:
             self._running[job.id] = Running.start(job, self._clock())
 
-    def _read_emitted(self, job: ClaimedJob) -> Emitted:
-        """What earlier attempts have published.
+    def _read_emitted(self, job: ClaimedJob) -> tuple[Emitted, ...]:
+        """What earlier attempts have published, by choice.
 
         Raises:
             EngineChanged: by an engine whose answer ours would not continue.
         """
         if job.next_event <= 1:
-            return NOTHING_EMITTED
+            return ()
         emitted, began = self._store.emitted(job.id)
         ours = self._engine.card.identity
-        if emitted.token_ids and began not in (None, ours):
+        if emitted and began not in (None, ours):
             raise EngineChanged(str(began), ours)
         return emitted
 
