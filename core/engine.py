@@ -12,15 +12,26 @@ import torch
 from core.attention import KVCache
 from core.batch import Batch, build_batch
 from core.blocks import BLOCK_TOKENS, BlockPool
+from core.budget import StepBudget
 from core.card import ModelCard
 from core.choices import Choices
-from core.errors import ModelRefused, RequestError
-from core.memory import available_bytes, parse_size, usual_tokens
+from core.errors import ModelRefused, OutOfMemory, RequestError
+from core.memory import available_bytes, free_unused, is_out_of_memory, parse_size, usual_tokens
 from core.models.load import LoadedModel, load_model
 from core.models.source import resolve
 from core.protocol import EngineStats
 from core.reader import Reader
-from core.request import Emitted, Event, FinishedEvent, FinishReason, Kind, Request, Result, TokenEvent
+from core.request import (
+    Emitted,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Kind,
+    Request,
+    Result,
+    TokenEvent,
+)
 from core.runners.decoder import DecoderRunner
 from core.sampler import GREEDY, Draw, Drawn, draw
 from core.scheduler import Scheduler, Slice, Step
@@ -62,7 +73,8 @@ class Engine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
         pool = BlockPool(_slots(loaded, config))
         self._loaded = loaded
-        self._scheduler = Scheduler(pool, max_running=config.max_running, step_tokens=config.step_tokens)
+        self._scheduler = Scheduler(pool, max_running=config.max_running)
+        self._budget = StepBudget(config.step_tokens)
         self._runner = DecoderRunner(loaded.model, KVCache(pool.tokens))
         self._jobs: dict[str, Choices[Sequence]] = {}  # the scheduler has those of their sequences that go on
         self.stats = EngineStats()
@@ -108,11 +120,8 @@ class Engine:
     def step(self) -> list[Event]:
         started = time.perf_counter()
         events = self._finish_ended()
-        step = self._scheduler.plan()
-        if step.slices:
-            batch = build_batch(step, self._loaded.device)
-            drawn = draw(self._runner.forward(batch), _draws(step, batch))
-            events += self._advance(step, batch, drawn)
+        events += self._compute(self._scheduler.plan(self._budget.tokens))
+        self._budget.end_step()
         self.stats.steps += 1
         self.stats.step_seconds += time.perf_counter() - started
         return events
@@ -144,6 +153,36 @@ class Engine:
     def _finish(self, job: Choices[Sequence]) -> Event:
         del self._jobs[job.job_id]
         return FinishedEvent(job_id=job.job_id, result=job.result())
+
+    def _compute(self, step: Step) -> list[Event]:
+        """Pass a step through the model; where memory does not suffice, one half of it after the other."""
+        if not step.slices:
+            return []
+        if (passed := self._pass(step)) is not None:
+            self._budget.fitted(step.tokens)
+            return self._advance(step, *passed)
+        self._budget.exceeded()
+        if step.tokens == 1:
+            return [self._fail(step.slices[0].sequence.job_id, OutOfMemory())]
+        return [event for half in step.halves() for event in self._compute(half.still_running())]
+
+    def _pass(self, step: Step) -> tuple[Batch, list[Drawn]] | None:
+        """Compute and draw; None where memory does not suffice.
+
+        That leaves nothing behind but keys and values in slots of these very tokens, which the next try writes again.
+        """
+        try:
+            batch = build_batch(step, self._loaded.device)
+            return batch, draw(self._runner.forward(batch), _draws(step, batch))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_unused(self._loaded.device)  # out here the error is gone, and with it what its traceback held
+        return None
+
+    def _fail(self, job_id: str, error: Exception) -> Event:
+        self.drop(job_id)
+        return FailedEvent(job_id=job_id, error=error)
 
     def _advance(self, step: Step, batch: Batch, drawn: list[Drawn]) -> list[Event]:
         """Write down what the step computed, and say what happened."""

@@ -20,6 +20,7 @@
     │   └── UnsafeServer           its configuration cannot keep the promise that was asked for
     └── EngineError              our move: a step failed
         ├── EngineChanged          another engine began the answer; ours would go on differently
+        ├── OutOfMemory            not even one token of the job finds memory
         └── PoisonJob              the job was running each time its worker died
 
 Leaves carry facts as attributes and build their own message; ``code`` is the stable word a client may match.
@@ -217,6 +218,18 @@ class EngineChanged(EngineError):
         super().__init__(f"engine {began} began this answer and only {ours} is here; retry the job to start it again")
         self.began = began
         self.ours = ours
+
+
+class OutOfMemory(EngineError):
+    """Memory does not suffice for one more token of this job, computed by itself."""
+
+    code = "out_of_memory"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the worker has too little memory for even one token of this job; "
+            "lower its max_running, step_tokens or kv_memory, or the job's max_tokens"
+        )
 
 
 class PoisonJob(EngineError):
