@@ -72,6 +72,7 @@ class Params(Body):
     """How tokens are drawn, and when to stop."""
 
     max_tokens: Annotated[int, bounded("max_tokens")] = _DEFAULT.max_tokens
+    n: Annotated[int, bounded("n")] = _DEFAULT.n
     temperature: Annotated[float, bounded("temperature")] = _DEFAULT.temperature
     top_p: Annotated[float, bounded("top_p")] = _DEFAULT.top_p
     top_k: Annotated[int, bounded("top_k")] = _DEFAULT.top_k

@@ -22,6 +22,7 @@
     │   └── UnsafeServer           its configuration cannot keep the promise that was asked for
     └── EngineError              our move: a step failed
         ├── EngineChanged          another engine began the answer, and ours cannot go on with it
+        ├── OutOfMemory            not even one token of the job finds memory
         └── PoisonJob              the job was running each time its worker died
 
 Leaves carry facts as attributes and build their own message; ``code`` is the stable word a client may match.
@@ -256,6 +257,18 @@ class EngineChanged(EngineError):
             f"another engine began this answer with tokens that {ours} lacks; retry the job to start it again"
         )
         self.ours = ours
+
+
+class OutOfMemory(EngineError):
+    """Memory does not suffice for one more token of this job, computed by itself."""
+
+    code = "out_of_memory"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the worker has too little memory for even one token of this job; "
+            "lower its max_running, step_tokens or kv_memory, or the job's max_tokens"
+        )
 
 
 class PoisonJob(EngineError):

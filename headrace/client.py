@@ -53,7 +53,7 @@ class Client:
             asked: a prompt, messages, or a whole body ``{"kind", "input", "params", "metadata", …}``.
             job_id: your own id; submitting twice with one id makes one job.
             wait: seconds to wait for its end before it is returned as it is then.
-            params: sampling parameters: ``max_tokens``, ``temperature``, ``seed``, ``stop`` …
+            params: sampling parameters: ``max_tokens``, ``n``, ``temperature``, ``seed``, ``stop`` …
         """
         return self._send(calls.submit(job_id or calls.new_job_id(), calls.body_of(asked, **params), wait))
 
@@ -107,14 +107,14 @@ class Client:
                     return  # ended by somebody else's hand, without a last event
                 self._pause(tries.pause_after_break(), None)
 
-    def stream(self, job_id: str) -> Iterator[str]:
-        """The answer's text, piece by piece.
+    def stream(self, job_id: str, index: int = 0) -> Iterator[str]:
+        """The text of one choice, piece by piece, until the whole job has ended.
 
         Raises:
             JobFailed: it ended without a result.
         """
         for event in self.events(job_id):
-            if event.text:
+            if event.text and event.index == index:
                 yield event.text
             if event.job is not None and not event.job.succeeded:
                 raise JobFailed(event.job)

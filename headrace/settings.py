@@ -91,7 +91,7 @@ class Settings:
     )
     kv_memory: str = _setting("auto", "memory for keys and values per worker: auto, or a size such as 2GiB", **_SIZE)
     max_model_len: int = _setting(0, "longest prompt and answer in tokens; 0 takes the model's own", 0, 10_000_000)
-    max_running: int = _setting(32, "jobs in one engine at once", 1, 65_536)
+    max_running: int = _setting(32, "sequences in one engine at once: one for each choice of a job", 1, 65_536)
     step_tokens: int = _setting(256, "tokens computed in one step", 1, 1_048_576)
     threads: int = _setting(0, "threads per worker; 0 divides the cores among the workers", 0, 4_096)
     worker_index: int = _setting(0, "takes card index modulo cards", 0, 65_535)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import AsyncGenerator, Collection
-from typing import Any, TypeAlias
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from typing import Any, TypeAlias, TypeVar
 
 import redis
 import redis.asyncio
 
 from core.card import ModelCard
+from core.errors import StoreUnavailable
 from core.request import Kind
 from jobs import commands
 from jobs.connection import connect_async, explain, judge
@@ -33,7 +34,10 @@ Jobs: TypeAlias = list[Job]
 Events: TypeAlias = list[LoggedEvent]
 Workers: TypeAlias = list[WorkerCard]
 Models: TypeAlias = list[ModelCard]
+T = TypeVar("T")
 
+PATIENCE_SECONDS = 5.0  #: a stream outlasts a server that is away for so long
+PAUSE_SECONDS = 0.1  #: between two tries of it
 LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have ended it without an event
 
 
@@ -163,12 +167,12 @@ class AsyncStore:
             JobNotFound: unknown, or forgotten meanwhile.
         """
         with self._watcher.follow(job_id, after) as inbox:
-            row = await self._row(job_id)
+            row = await _outlast(lambda: self._row(job_id))
             last, shown = after, False
-            events = await self.events(job_id, last)
+            events = await _outlast(lambda: self.events(job_id, last))
             while True:
                 if not shown and any(event.type == "token" for event in events):
-                    events, shown = await self._reads.run(commands.show(job_id, last)), True
+                    events, shown = await _outlast(lambda: self._reads.run(commands.show(job_id, last))), True
                 if events:
                     last = events[-1].number
                     yield events
@@ -176,10 +180,10 @@ class AsyncStore:
                         return
                 if row.job.state in FINAL and last + 1 >= row.events:
                     return
-                events = await self._next(inbox, job_id, last)
+                events = await _outlast(lambda: self._next(inbox, job_id, last))
                 if not events:
-                    row = await self._row(job_id)
-                    events = await self.events(job_id, last)
+                    row = await _outlast(lambda: self._row(job_id))
+                    events = await _outlast(lambda: self.events(job_id, last))
 
     async def wait(self, job_id: str, timeout_seconds: float) -> Job:
         """The job, once it has ended or the time is over. Raises JobNotFound."""
@@ -228,6 +232,19 @@ class AsyncStore:
         except redis.exceptions.NoPermissionError:
             return "unknown"
         return str(found.get("appendfsync", "unknown"))
+
+
+async def _outlast(read: Callable[[], Awaitable[T]]) -> T:
+    """Read again while the server is away for a moment: a restart of it ends no stream."""
+    clock = asyncio.get_running_loop().time
+    until = clock() + PATIENCE_SECONDS
+    while True:
+        try:
+            return await read()
+        except StoreUnavailable:
+            if clock() > until:
+                raise
+            await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def _until_finished(inbox: Inbox, seconds: float) -> None:

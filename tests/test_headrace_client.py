@@ -268,6 +268,20 @@ def test_a_result_is_read_whatever_its_kind() -> None:
     assert (Job(job("queued")).text, Job(job("queued")).ended) == ("", False)
 
 
+def test_each_choice_of_a_job_has_its_text_and_its_own_stream(server: Server, client: Client) -> None:
+    choices = [{"index": i, "text": text, "finish_reason": "stop", "token_ids": [i]} for i, text in enumerate("ab")]
+    last = job("succeeded", result={"choices": choices, "usage": {}})
+    pieces = [
+        event(i, "token", index=i % 2, text=text, token_ids=[i]) for i, text in enumerate(["a1", "b1", "a2", "b2"])
+    ]
+    server.script = [streams("".join([*pieces, event(4, "finished", job=last)]))] * 3
+
+    assert list(client.stream("job_1")) == ["a1", "a2"]
+    assert list(client.stream("job_1", 1)) == ["b1", "b2"]
+    assert [one.index for one in client.events("job_1")] == [0, 1, 0, 1, 0]
+    assert (Job(last).texts, Job(last).text, Job(job("queued")).texts) == (["a", "b"], "a", [])
+
+
 def test_what_is_asked_may_be_text_a_chat_or_a_whole_body() -> None:
     turn = {"role": "user", "content": "Hi"}
 

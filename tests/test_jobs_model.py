@@ -378,7 +378,7 @@ MUTANTS = {
     "a late failure counts": Mutant("settle", "and outcome == 'succeeded'", ""),
     "requeueing what was cancelled": Mutant("lib/moves", "if job.cancel_requested then return", "if false then return"),
     "ending twice": Mutant("lib/moves", "if job.closed or not is_final", "if not is_final"),
-    "retrying what succeeded": Mutant("retry", "if job.state ~= 'failed' then", "if not is_final(job.state) then"),
+    "retrying what succeeded": Mutant("retry", "if job.state ~= 'failed' or (", "if not is_final(job.state) or ("),
     "reaping what others hold": Mutant("reap", "job.status == 'started' and job.attempt == tonumber(attempt)", "true"),
     "losing the index": Mutant("lib/base", "if state then call('ZADD'", "if state == 'queued' then call('ZADD'"),
     "indexing twice": Mutant("lib/base", "    call('ZREM', K.index .. job.kind .. ':' .. job.place, id)\n", ""),

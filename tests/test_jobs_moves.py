@@ -10,10 +10,10 @@ import pytest
 import redis
 
 from core.errors import JobConflict, JobNotFound, QueueFull
-from core.request import Kind, Request
+from core.request import Emitted, Kind, Request, TokenLogprob
 from jobs import keys
 from jobs.job import FINAL, MOVES, JobState, NewJob
-from jobs.store import ClaimedJob, Outcome, Settlement, Store
+from jobs.store import ClaimedJob, Outcome, Publication, Settlement, Store
 from tests.jobs_world import (
     OTHER,
     add,
@@ -31,6 +31,7 @@ from tests.jobs_world import (
     settings,
     take,
     text_of,
+    token,
     types,
     wipe_lease,
 )
@@ -134,6 +135,23 @@ def test_released_jobs_go_on_at_the_front_in_their_order_with_their_tokens(store
     assert said(store, "a") == [1]
     assert again[0].next_event == 3
     assert audit(valkey) == []
+
+
+def test_what_was_published_is_read_back_choice_by_choice(store: Store) -> None:
+    add(store, "a")
+    [job] = take(store)
+    said = [(2, 5), (0, 1), (2, 6), (0, 2), (2, 7)]
+    logprobs = {token_id: TokenLogprob(token_id=token_id, logprob=-0.5) for _, token_id in said}
+    events = [token("a", token_id, index=index, logprobs=(logprobs[token_id],)) for index, token_id in said]
+    store.report([Publication(job_id="a", attempt=job.attempt, first=job.next_event, events=events)], [])
+
+    assert store.emitted("a") == (
+        Emitted(token_ids=(1, 2), logprobs=(logprobs[1], logprobs[2])),
+        Emitted(),
+        Emitted(token_ids=(5, 6, 7), logprobs=(logprobs[5], logprobs[6], logprobs[7])),
+    )
+    assert store.get("a").tokens_generated == 5
+    assert store.emitted("unknown") == ()
 
 
 def test_cancelling_a_queued_job_ends_it_and_its_id_falls_out_at_a_claim(store: Store, valkey: redis.Redis) -> None:

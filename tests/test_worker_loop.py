@@ -11,8 +11,7 @@ import pytest
 import redis
 
 from core.instant import InstantConfig, InstantEngine
-from core.protocol import NOTHING_EMITTED
-from core.request import Emitted, Kind, Request, SamplingParams
+from core.request import Emitted, FinishedEvent, Kind, Request, SamplingParams
 from jobs.job import FINAL, Job, JobState, NewJob, Resume
 from jobs.store import Store, WorkerCard
 from tests.worker_world import eventually, store_settings, working
@@ -130,6 +129,56 @@ def test_a_handed_back_job_goes_on_to_the_same_text(store: Store, valkey_url: st
     assert text_of(store, "a") == (job.result or {})["choices"][0]["text"]
 
 
+def undisturbed_result(prompt: str, job_id: str, **params: Any) -> dict[str, Any]:
+    engine = InstantEngine()
+    engine.add(job_id, Request(prompt=prompt, params=SamplingParams.from_wire(params)))
+    while True:
+        for event in engine.step():
+            if isinstance(event, FinishedEvent):
+                return event.result.to_wire()
+
+
+def check_choices(store: Store, job: Job) -> None:
+    """Each choice's pieces in the log, joined, are its text; every token was counted and said once."""
+    result = job.result or {}
+    events = [event for event in store.events(job.id) if event.type == "token"]
+    for choice in result["choices"]:
+        mine = [event.fields for event in events if event.fields["index"] == choice["index"]]
+        assert "".join(fields["text"] for fields in mine) == choice["text"]
+        assert [token_id for fields in mine for token_id in fields["token_ids"]] == choice["token_ids"]
+    assert job.tokens_generated == result["usage"]["completion_tokens"] == len(events)
+
+
+def test_a_handed_back_job_goes_on_to_the_same_three_texts(store: Store, valkey_url: str) -> None:
+    params: dict[str, Any] = {"max_tokens": 60, "n": 3, "temperature": 1.0, "stop": ["never ever"], "logprobs": 1}
+    submit(store, "a", **params)
+    engine = InstantEngine(InstantConfig(step_seconds=0.005, max_running=2))  # the third choice lags behind
+    for before in (5, 130):
+        with working(valkey_url, engine if before == 5 else None, step_ms=5):
+            published(store, "a", before)
+        engine.drop("a")
+    with working(valkey_url):
+        job = ended(store, "a")
+
+    assert (job.attempt, job.crashes, job.tokens_generated) == (3, 0, 180)
+    assert job.result == undisturbed_result("x", "a", **params)
+    assert text_of(store, "a")
+    check_choices(store, job)
+
+
+def test_a_job_with_one_choice_cut_short_is_cancelled_and_keeps_all(store: Store, valkey_url: str) -> None:
+    word = undisturbed_result("x", "a", n=2)["choices"][1]["text"].split()[4]
+    with working(valkey_url, step_ms=10):
+        submit(store, "a", max_tokens=100_000, n=2, stop=[word])
+        published(store, "a", 30)
+        store.cancel("a")
+        job = ended(store, "a")
+
+    assert job.state is JobState.CANCELLED
+    assert [choice["finish_reason"] for choice in (job.result or {})["choices"]] == ["cancelled", "stop"]
+    check_choices(store, job)
+
+
 def test_another_engine_starts_over_what_nobody_has_read(store: Store, valkey_url: str) -> None:
     submit(store, "a", max_tokens=100)
     with working(valkey_url, step_ms=10):
@@ -167,9 +216,9 @@ class Witness(InstantEngine):
         self.joined: dict[str, int] = {}
         self.beside: dict[str, int] = {}  # how many others ran when it joined
 
-    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
+    def add(self, job_id: str, request: Request, emitted: tuple[Emitted, ...] = ()) -> None:
         self.joined[job_id] = self.stats.generated_tokens
-        self.beside[job_id] = len(self._sequences)
+        self.beside[job_id] = len(self._jobs)
         super().add(job_id, request, emitted)
 
 

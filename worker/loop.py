@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from core.bounds import Wire
 from core.errors import EngineChanged, HeadraceError, JobTimeout, StoreUnavailable
-from core.protocol import NOTHING_EMITTED, EngineProtocol
+from core.protocol import EngineProtocol
 from core.request import Emitted, Event, FinishedEvent, FinishReason, TokenEvent
 from jobs.store import ClaimedJob, Store
 from worker.outage import Outage
@@ -118,18 +118,18 @@ class Worker:
         else:
             self._running[job.id] = Running.start(job, self._clock())
 
-    def _read_emitted(self, job: ClaimedJob) -> Emitted:
-        """What earlier attempts have published.
+    def _read_emitted(self, job: ClaimedJob) -> tuple[Emitted, ...]:
+        """What earlier attempts have published, by choice.
 
         Raises:
             EngineChanged: by an engine with another vocabulary; the submitter said that any may go on.
         """
         if job.next_event <= 1:
-            return NOTHING_EMITTED
+            return ()
         emitted = self._store.emitted(job.id)
         if any(token_id >= self._engine.card.vocab_size for choice in emitted for token_id in choice.token_ids):
             raise EngineChanged(self._engine.card.identity)
-        return emitted[0] if emitted else NOTHING_EMITTED
+        return emitted
 
     def _end_early(self) -> None:
         """Obey stop commands, deadlines and time-outs: the next step ends those jobs with what they have."""

@@ -52,8 +52,9 @@ class Outbox:
     def finish(self, running: Running, result: Result) -> None:
         """Take the result of a job; how it ended is in its choices, or was asked for before there was one."""
         complete = result.token_ids is not None and len(result.token_ids) == result.usage.prompt_tokens
-        reason = result.choices[0].finish_reason if result.choices else running.ending
-        outcome = Outcome.SUCCEEDED if complete or reason is None else OUTCOMES[reason]
+        asked = "stop" if complete or running.ending is None else running.ending
+        outcomes = {OUTCOMES[choice.finish_reason] for choice in result.choices} or {OUTCOMES[asked]}
+        outcome = next(iter(outcomes - {Outcome.SUCCEEDED}), Outcome.SUCCEEDED)  # one choice cut short: so is the job
         settlement = Settlement(job_id=running.job_id, attempt=running.attempt, outcome=outcome, result=result)
         self._settlements[running.job_id] = settlement
 

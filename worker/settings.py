@@ -27,7 +27,7 @@ class WorkerSettings:
     device: str = "auto"
     kv_memory: str = "auto"  #: "auto", or bytes such as "2GiB"
     max_model_len: int = 0  #: tokens; 0: the model's own
-    max_running: int = 32  #: jobs in the engine at once
+    max_running: int = 32  #: sequences in the engine at once
     step_tokens: int = 256  #: token budget of a step
     instant_step_ms: float = 0.0
     durability: str = "fsync"  #: what the server must be able to promise

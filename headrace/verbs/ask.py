@@ -29,13 +29,15 @@ RUN_TOKENS = 256
 
 
 def run(invocation: Invocation) -> int:
-    """Stream one answer, from the server that is up or from a private one."""
+    """Stream the first answer and print the others, from the server that is up or from a private one."""
     with _some_server(invocation) as client:
         job = client.submit(_run_body(invocation, client))
         if not invocation.json:
             for piece in client.stream(job.id):
                 print(piece, end="", flush=True)
             print(flush=True)
+            for text in client.get(job.id).texts[1:]:
+                print(f"\n{text}", flush=True)
             return OK
         job = client.wait(job.id)
         print(json.dumps(job.wire, ensure_ascii=False), flush=True)

@@ -20,6 +20,7 @@ OK, FAILED, USAGE, UNREACHABLE, TIMED_OUT = 0, 1, 2, 3, 5
 CLIENT_SETTINGS = ("url", "api_key", "api_key_file")
 SAMPLING: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (int, "generate at most this many tokens"),
+    "n": (int, "so many answers, each drawn by its own randomness"),
     "temperature": (float, "0 takes the likeliest token"),
     "top_p": (float, "keep the likeliest tokens whose probabilities reach this sum"),
     "top_k": (int, "keep this many likeliest tokens"),
