@@ -137,6 +137,22 @@ def test_a_purge_forgets_dead_letters_and_nothing_else(store: Store, valkey_url:
     assert audit(valkey) == []
 
 
+def test_a_purge_that_comes_late_forgets_no_job_that_has_become_something_else(
+    store: Store, valkey_url: str, valkey: redis.Redis
+) -> None:
+    die(store, "dead")
+    add(store, "failed")
+    add(store, "done")
+    store.report([], [failed(job) if job.id == "failed" else done(job) for job in take(store)])
+    late = using(valkey_url, lambda dead: dead._apply("delete", ["failed", "done", "dead"]))  # as they once were listed
+    valkey.zadd(keys.DEAD, {"failed": 1, "done": 2})  # as if somebody had left them there
+    purged = using(valkey_url, lambda dead: dead.purge())
+
+    assert (late, purged.ids) == (("dead",), ())
+    assert [store.get(job_id).state for job_id in ("failed", "done")] == [S.FAILED, S.SUCCEEDED]
+    assert store.queue().dead_letters == 0
+
+
 def test_what_stock_rq_requeues_or_deletes_is_listed_no_more_and_never_purged(
     store: Store, valkey_url: str, valkey: redis.Redis
 ) -> None:
