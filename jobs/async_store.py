@@ -6,7 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import redis
 import redis.asyncio
@@ -35,6 +35,7 @@ Events: TypeAlias = list[LoggedEvent]
 Workers: TypeAlias = list[WorkerCard]
 Models: TypeAlias = list[ModelCard]
 T = TypeVar("T")
+P = ParamSpec("P")
 
 PATIENCE_SECONDS = 5.0  #: a stream outlasts a server that is away for so long
 PAUSE_SECONDS = 0.1  #: between two tries of it
@@ -167,12 +168,12 @@ class AsyncStore:
             JobNotFound: unknown, or forgotten meanwhile.
         """
         with self._watcher.follow(job_id, after) as inbox:
-            row = await _outlast(lambda: self._row(job_id))
+            row = await _outlast(self._row, job_id)
             last, shown = after, False
-            events = await _outlast(lambda: self.events(job_id, last))
+            events = await _outlast(self.events, job_id, last)
             while True:
                 if not shown and any(event.type == "token" for event in events):
-                    events, shown = await _outlast(lambda: self._reads.run(commands.show(job_id, last))), True
+                    events, shown = await _outlast(self._show, job_id, last), True
                 if events:
                     last = events[-1].number
                     yield events
@@ -180,10 +181,10 @@ class AsyncStore:
                         return
                 if row.job.state in FINAL and last + 1 >= row.events:
                     return
-                events = await _outlast(lambda: self._next(inbox, job_id, last))
+                events = await _outlast(self._next, inbox, job_id, last)
                 if not events:
-                    row = await _outlast(lambda: self._row(job_id))
-                    events = await _outlast(lambda: self.events(job_id, last))
+                    row = await _outlast(self._row, job_id)
+                    events = await _outlast(self.events, job_id, last)
 
     async def wait(self, job_id: str, timeout_seconds: float) -> Job:
         """The job, once it has ended or the time is over. Raises JobNotFound."""
@@ -213,6 +214,10 @@ class AsyncStore:
             row = await self._reads.run(commands.get(job_id))
         return row
 
+    async def _show(self, job_id: str, after: int) -> Events:
+        """The log behind event ``after`` for a reader outside: from now on the answer is not started over."""
+        return await self._reads.run(commands.show(job_id, after))
+
     async def _next(self, inbox: Inbox, job_id: str, last: int) -> Events:
         """The events behind ``last`` that come within LOOK_SECONDS."""
         try:
@@ -234,13 +239,13 @@ class AsyncStore:
         return str(found.get("appendfsync", "unknown"))
 
 
-async def _outlast(read: Callable[[], Awaitable[T]]) -> T:
+async def _outlast(read: Callable[P, Awaitable[T]], *args: P.args, **more: P.kwargs) -> T:
     """Read again while the server is away for a moment: a restart of it ends no stream."""
     clock = asyncio.get_running_loop().time
     until = clock() + PATIENCE_SECONDS
     while True:
         try:
-            return await read()
+            return await read(*args, **more)
         except StoreUnavailable:
             if clock() > until:
                 raise

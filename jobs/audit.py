@@ -56,32 +56,35 @@ def audit(client: redis.Redis) -> list[str]:
     ]
 
 
-def close_look(client: redis.Redis, job_ids: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each job that something is wrong with, and what; jobs of other queues are nobody's business here."""
-    lists, runner, ids = queue_lists(client), Runner(client, KEEP_SECONDS), iter(job_ids)
+def close_look(client: redis.Redis, job_ids: Iterable[str], *, walk: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """Each job that something is wrong with, and what; jobs of other queues are nobody's business here.
+
+    Args:
+        walk: look for queued jobs in the lists, too, in time proportional to their length.
+    """
+    lists, runner, ids = queue_lists(client) if walk else [], Runner(client, KEEP_SECONDS), iter(job_ids)
     while chunk := list(itertools.islice(ids, CHUNK)):
         command = Command("examine", [len(lists), *lists, *chunk], list)
         for answer in runner.run(command):
             facts = _facts(answer)
             if facts.job["known"] and (facts.job["origin"] or "") not in ("", QUEUE):
                 continue
+            if not walk and facts.job.get("state") == JobState.QUEUED:
+                continue  # it moved meanwhile
             if problems := judge(facts):
                 yield facts.job["id"], problems
 
 
-def suspicious(client: redis.Redis) -> list[tuple[str, list[str]]]:
-    """Jobs with what is wrong about each, found by comparing sets first."""
+def suspicious(client: redis.Redis) -> Iterator[tuple[str, list[str]]]:
+    """The same without walking a list for each job: who waits, and once, is found by reading the lists one time."""
     waiting, index = _waiting(client), _indexed(client)
-    wip = {_job_of(member) for member in _members(client, keys.WIP)}
-    odd: set[str] = set(index.repeated) | {job_id for job_id, times in waiting.items() if times > 1}
-    for job_id, state in index.states.items():
-        there = (job_id in waiting, job_id in wip)
-        expected = {"queued": (True, False), "running": (False, True)}.get(state, (False, False))
-        if there != expected:
-            odd.add(job_id)
-    odd |= {job_id for job_id in itertools.chain(waiting, wip) if job_id not in index.states}
-    odd |= {job_id for job_id in _job_ids(client) if job_id not in index.states}
-    return list(close_look(client, sorted(odd)))
+    known = set(index.states) | set(_job_ids(client))
+    queued = {job_id for job_id, state in index.states.items() if state == "queued"}
+    fine = {job_id for job_id in queued if waiting.get(job_id) == 1} - set(_members(client, keys.SCHEDULED))
+    odd = (queued - fine) | index.repeated | (known - set(index.states))
+    odd |= {job_id for job_id in _mentioned(client) if job_id not in known}
+    yield from close_look(client, sorted(odd))
+    yield from close_look(client, sorted(known - fine - odd), walk=False)
 
 
 def mend(client: redis.Redis, job_id: str) -> str:
@@ -153,6 +156,8 @@ def _judge_ended(facts: Facts) -> list[str]:
     registries = sorted(facts.places & set(REGISTRIES.values()))
     if registries != [REGISTRIES[status]]:
         problems.append(f"{status}, and in RQ's registries {registries}")
+    if facts.job["reason"] == "poison_job" and "dead" not in facts.places:
+        problems.append("a dead letter, and not among them")
     if not facts.job["closed"]:
         problems.append(f"{status}, and its log does not know")
     return problems
@@ -206,11 +211,14 @@ def _facts(answer: Sequence[Any]) -> Facts:
 
 def _every_id(client: redis.Redis) -> list[str]:
     """Every job id that anything mentions."""
-    ids = set(_waiting(client)) | set(_indexed(client).states) | set(_job_ids(client))
-    ids |= {_job_of(member) for member in _members(client, keys.WIP)}
+    return sorted({*_waiting(client), *_indexed(client).states, *_job_ids(client), *_mentioned(client)})
+
+
+def _mentioned(client: redis.Redis) -> Iterator[str]:
+    """Ids in what is kept beside lists, index and hashes."""
+    yield from map(_job_of, _members(client, keys.WIP))
     for key in (keys.SCHEDULED, keys.FINISHED, keys.FAILED, keys.CANCELED, keys.RETENTION, keys.DEADLINES, keys.WAITS):
-        ids |= set(_members(client, key))
-    return sorted(ids)
+        yield from _members(client, key)
 
 
 def _waiting(client: redis.Redis) -> dict[str, int]:

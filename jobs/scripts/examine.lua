@@ -2,7 +2,7 @@
 -- Where jobs are, each seen at one moment. ARGV: ttl, number of lists, the lists, then ids.
 -- Walks the lists: for a doctor's second look, and for tests. Answers {facts as JSON, packed log} for each id.
 local lists = tonumber(ARGV[2])
-local PLACES = {'scheduled', 'deferred', 'finished', 'failed', 'canceled', 'retention', 'deadlines', 'waits'}
+local PLACES = {'scheduled', 'deferred', 'finished', 'failed', 'canceled', 'retention', 'deadlines', 'waits', 'dead'}
 local RECENT = 32 -- attempts looked at
 
 local function places(id)
@@ -70,8 +70,8 @@ for i = 3 + lists, #ARGV do
   local job = load(id)
   local facts = {id = id, known = job and true or false, origin = call('HGET', K.job .. id, 'origin'), state = job and job.state,
     status = job and job.status, attempt = job and job.attempt, events = job and job.events, kind = job and job.kind,
-    closed = job and job.closed, waiting_for = job and job.waiting_for, ttl = call('TTL', K.job .. id)}
-  local found = {facts, listed(id), places(id), indexed(id), executions(id, job and job.attempt or 0), logged(id), results(id)}
+    closed = job and job.closed, reason = job and job.reason, waiting_for = job and job.waiting_for, ttl = call('TTL', K.job .. id)}
+  local found = {facts, listed(id), places(id), indexed(id), executions(id, job and job.attempt or RECENT), logged(id), results(id)}
   answers[#answers + 1] = {cjson.encode(found), call('HGET', K.job .. id, 'log')}
 end
 return answers

@@ -53,13 +53,13 @@ if job.state == 'queued' then
   if job.closed then reopen(id, job) end
   index_as('queued')
   job.place = 'queued'
-  if call('ZSCORE', K.scheduled, id) or call('ZSCORE', K.deferred, id) then
+  if K[job.status] and call('ZSCORE', K[job.status], id) then -- scheduled, deferred
     leave_lists()
     return 'left it in the one place it waits in'
   end
   leave_lists()
   call('HDEL', K.job .. id, 'waiting_for')
-  call('ZREM', K.waits, id)
+  for _, key in ipairs({K.waits, K.scheduled, K.deferred}) do call('ZREM', key, id) end
   put_back(id, job)
   return 'put it at the front of the queue, once'
 end
@@ -75,5 +75,6 @@ for status, registry in pairs(REGISTRY) do
   if registry ~= REGISTRY[job.status] then call('ZREM', registry, id) end
 end
 call('ZADD', REGISTRY[job.status], 'NX', SECONDS + math.max(keep(job), 60), id)
+if job.reason == 'poison_job' then call('ZADD', K.dead, 'NX', NOW, id) end
 if call('TTL', K.job .. id) < 0 and keep(job) > 0 then retain(id, job, keep(job)) end
-return 'took it out of where only unfinished jobs are'
+return 'noted where it is, and took it out of everywhere else'
