@@ -24,7 +24,7 @@ from tests.worker_world import eventually, worker
 FULL = 32  #: jobs in one engine
 
 
-def full_batch(client: redis.Redis, log: Path, *, least: int = 100, most: int = 160) -> list[Asked]:
+def full_batch(client: redis.Redis, log: Path, *, least: int = 70, most: int = 110) -> list[Asked]:
     """A whole batch that runs, and half of one that waits."""
     asked = ask(client, FULL + FULL // 2, least=least, most=most)
     eventually(lambda: running(asked[:FULL]), "tokens", log)

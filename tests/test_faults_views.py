@@ -50,7 +50,7 @@ def places(client: Any) -> dict[str, list[str]]:
 
 def look(snapshots: Snapshots) -> None:
     """Every unfinished job is in exactly the one place that its state names, and RQ's own counts agree."""
-    client = snapshots.take()
+    client: Any = snapshots.take()
     assert audit(client) == []
     found, states = places(client), dict[str, str]()
     for key in client.keys(f"{keys.JOB}*"):
