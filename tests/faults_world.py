@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,9 @@ def undisturbed(asked: Iterable[Asked], client: redis.Redis, log: Path | None = 
 @contextmanager
 def crew(url: str, folder: Path, count: int, **changes: object) -> Iterator[list[WorkerProcess]]:
     """So many workers."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(worker(url, folder, **{**TIMES, **changes})) for _ in range(count)]
+    with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
+        starting = [worker(url, folder, **{**TIMES, **changes}) for _ in range(count)]
+        yield list(pool.map(stack.enter_context, starting))
 
 
 def holders(client: redis.Redis) -> dict[int, str]:
@@ -179,10 +181,9 @@ return all
 class Snapshots:
     """Copies of a server at one moment each, in another server, where nothing moves while one looks."""
 
-    def __init__(self, source_url: str, scratch_url: str) -> None:
-        self._source = redis.Redis.from_url(source_url)
-        self.scratch = redis.Redis.from_url(scratch_url)
-        self.taken = 0
+    def __init__(self, source: redis.Redis, scratch: redis.Redis) -> None:
+        self.scratch = scratch
+        self._source = source
 
     def take(self) -> redis.Redis:
         """A client of the newest copy."""
@@ -192,9 +193,4 @@ class Snapshots:
             for key, value in found:
                 pipeline.restore(key, 0, value, replace=True)
             pipeline.execute()
-        self.taken += 1
         return self.scratch
-
-    def close(self) -> None:
-        self._source.close()
-        self.scratch.close()

@@ -36,7 +36,7 @@ def test_a_server_that_is_killed_three_times_under_full_batches_loses_nothing(
 ) -> None:
     with (
         restartable(own_valkey) as servers,
-        worker(own_valkey.url, tmp_path, **TIMES) as process,
+        worker(own_valkey.url, tmp_path, **TIMES, instant_step_ms=3) as process,
         redis.Redis.from_url(own_valkey.url) as client,
     ):
         pid = process.engine_pid()
@@ -55,11 +55,11 @@ def submit(api: httpx2.Client, job_id: str) -> httpx2.Response:
     return api.put(f"/v1/jobs/{job_id}", json=body)
 
 
-@pytest.mark.parametrize("lease_seconds", [6.0, 0.5])
+@pytest.mark.parametrize("lease_seconds", [6.0, 0.4])
 def test_while_the_server_is_away_workers_compute_on_and_the_api_says_so(
     own_valkey: Server, tmp_path: Path, lease_seconds: float
 ) -> None:
-    times = {**TIMES, "lease_seconds": lease_seconds}
+    times = {**TIMES, "lease_seconds": lease_seconds, "instant_step_ms": 3}
     with (
         restartable(own_valkey) as servers,
         worker(own_valkey.url, tmp_path, **times) as process,
@@ -73,7 +73,7 @@ def test_while_the_server_is_away_workers_compute_on_and_the_api_says_so(
         answer = submit(api, "x")
         ready = api.get("/ready")
         seconds = time.monotonic() - start
-        time.sleep(1.5)  # the outage itself: three of the short leases
+        time.sleep(1.2)  # the outage itself: three of the short leases
         servers.append(start_valkey(own_valkey.folder))
         back = time.monotonic()
         until(lambda: api.get("/ready").status_code == 200)
@@ -115,7 +115,7 @@ def test_a_server_that_forgets_or_hangs_up_or_fails_over_in_mid_run_is_outlived(
     acknowledged: list[str] = []
     numbers = itertools.count()
     with (
-        worker(own_valkey.url, tmp_path, **TIMES) as process,
+        worker(own_valkey.url, tmp_path, **TIMES, instant_step_ms=3) as process,
         front(own_valkey.url) as api,
         redis.Redis.from_url(own_valkey.url) as client,
         redis.Redis.from_url(own_valkey.url) as saboteur,
@@ -180,7 +180,7 @@ def serving(fsync: str) -> Iterator[list[Server]]:
 def test_a_full_disk_refuses_submissions_and_what_runs_ends_once_there_is_room_again(tmp_path: Path) -> None:
     with (
         serving("everysec") as servers,
-        worker(servers[0].url, tmp_path, **TIMES) as process,
+        worker(servers[0].url, tmp_path, **TIMES, instant_step_ms=3) as process,
         front(servers[0].url) as api,
         redis.Redis.from_url(servers[0].url) as client,
     ):
@@ -203,7 +203,7 @@ def test_a_full_disk_refuses_submissions_and_what_runs_ends_once_there_is_room_a
 def test_a_server_that_dies_of_a_full_disk_comes_back_with_everything_that_was_accepted(tmp_path: Path) -> None:
     with (
         serving("always") as servers,
-        worker(servers[0].url, tmp_path, **TIMES) as process,
+        worker(servers[0].url, tmp_path, **TIMES, instant_step_ms=3) as process,
         front(servers[0].url) as api,
         redis.Redis.from_url(servers[0].url) as client,
     ):
@@ -223,7 +223,7 @@ def test_with_its_memory_full_the_server_takes_nothing_and_everything_that_runs_
     own_valkey: Server, tmp_path: Path
 ) -> None:
     with (
-        worker(own_valkey.url, tmp_path, **TIMES) as process,
+        worker(own_valkey.url, tmp_path, **TIMES, instant_step_ms=3) as process,
         front(own_valkey.url) as api,
         redis.Redis.from_url(own_valkey.url) as client,
     ):

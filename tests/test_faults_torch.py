@@ -35,13 +35,13 @@ def attempt(job: Job) -> int:
 def test_the_successors_of_killed_torch_workers_draw_the_same_tokens(
     valkey: redis.Redis, valkey_url: str, tmp_path: Path
 ) -> None:
-    """Killed at random in the middle of a batch, after a publication that it never heard of, and before it settles."""
+    """Killed in the middle of a batch, wherever it was, and its successor before it settles."""
     config = {"model": str(make("llama", tmp_path / "llama").folder), "dtype": "float32", "kv_memory": "4MiB"}
     times = {"lease_seconds": 30, "threads": 1}
     with proxied(valkey_url) as proxy, worker(proxy.url, tmp_path, engine="torch", **config, **times) as process:
         jobs = [put_wire(valkey, wire(n)) for n in range(JOBS)]
         eventually(lambda: all(tokens(job) > 3 for job in jobs), "tokens", process.log)
-        rules = [proxy.after("publish", kill, skip=200), proxy.before("settle", kill)]
+        rule = proxy.before("settle", kill)
         assert len(kill_holders(valkey, seed=4, times=1, pause_seconds=0.01)) == 1
         ends = {await_end(job, process.log, seconds=120) for job in jobs}
         attempts = [attempt(job) for job in jobs]
@@ -50,7 +50,7 @@ def test_the_successors_of_killed_torch_workers_draw_the_same_tokens(
     requests = [Request.from_wire(wire(n), kind=Kind.GENERATE) for n in range(JOBS)]
     undisturbed = Engine.load(EngineConfig(**config, threads=1)).generate(requests)  # type: ignore[arg-type]
     assert ends == {"finished"}
-    assert all(rule.happened.is_set() for rule in rules)
-    assert max(attempts) == 4
+    assert rule.happened.is_set()
+    assert max(attempts) == 3
     assert answers == [list(result.choices[0].token_ids) for result in undisturbed]
     assert audit(valkey) == []

@@ -28,11 +28,10 @@ HOUR = 3_600
 
 
 @pytest.fixture
-def snapshots(valkey: redis.Redis, valkey_url: str, own_valkey: Server) -> Iterator[Snapshots]:
+def snapshots(valkey: redis.Redis, own_valkey: Server) -> Iterator[Snapshots]:
     """Of the session's server, in one of their own."""
-    found = Snapshots(valkey_url, own_valkey.url)
-    yield found
-    found.close()
+    with redis.Redis.from_url(own_valkey.url) as scratch:
+        yield Snapshots(valkey, scratch)
 
 
 def places(client: Any) -> dict[str, list[str]]:

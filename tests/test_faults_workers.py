@@ -31,14 +31,14 @@ from tests.jobs_world import audit
 from tests.proxy import Moment, kill, proxied
 from tests.worker_world import WorkerProcess, eventually, worker
 
-KILLS = 9
+KILLS = 7
 
 
 def test_random_kills_of_busy_workers_lose_nothing_and_repeat_nothing(
     valkey: redis.Redis, valkey_url: str, tmp_path: Path
 ) -> None:
     with crew(valkey_url, tmp_path, 3, max_running=4) as workers:
-        asked = ask(valkey, 100, least=40, most=120)
+        asked = ask(valkey, 80, least=40, most=120)
         moments = kill_holders(valkey, seed=1, times=KILLS, pause_seconds=0.25)
         undisturbed(asked, valkey, workers[0].log)
         attempts = [each.attempt for each in asked]
