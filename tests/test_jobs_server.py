@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from jobs.settings import StoreSettings
 from jobs.store import Outcome, Store
 from tests.conftest import Server, start_valkey
 from tests.jobs_world import add, audit, born, done, ended, kill, say, settings, take, text_of
+from tests.proxy import proxied
 
 S = JobState
 
@@ -132,44 +131,12 @@ def test_with_memory_full_nothing_comes_in_and_everything_running_ends(own_valke
 # -- disk
 
 
-class Withheld:
-    """A proxy in front of a server that changes the answer to WAITAOF."""
-
-    def __init__(self, path: str, change: Callable[[bytes], bytes]) -> None:
-        self._path, self._change = path, change
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listening.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listening.accept()
-            except OSError:
-                return
-            server = socket.socket(socket.AF_UNIX)
-            server.connect(self._path)
-            threading.Thread(target=self._pump, args=(client, server, bytes), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, self._change), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, change: Callable[[bytes], bytes]) -> None:
-        with contextlib.suppress(OSError):  # either side may have gone
-            with source, sink:
-                while sent := source.recv(65_536):
-                    sink.sendall(change(sent))
-
-    def close(self) -> None:
-        self._listening.close()
-
-
 @pytest.fixture
 def no_disk(valkey_url: str) -> Iterator[str]:
     """A server whose disk confirms nothing: WAITAOF answers [0, 0]."""
-    proxy = Withheld(
-        valkey_url.removeprefix("unix://"), lambda sent: sent.replace(b"*2\r\n:1\r\n:0\r\n", b"*2\r\n:0\r\n:0\r\n")
-    )
-    yield proxy.url
-    proxy.close()
+    with proxied(valkey_url) as proxy:
+        proxy.after("WAITAOF", lambda moment: b"*2\r\n:0\r\n:0\r\n", times=1000)
+        yield proxy.url
 
 
 def test_what_the_disk_did_not_confirm_is_not_accepted_and_a_repeat_is_safe(

@@ -6,10 +6,9 @@ When one of these fails, RQ has mended something: look whether the script it nam
 from __future__ import annotations
 
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -26,6 +25,8 @@ from rq.registry import (
     clean_registries,
 )
 from rq.serializers import JSONSerializer
+
+from tests.proxy import Rule, cut, proxied
 
 LATER = 400 * 86_400.0  #: seconds: whatever RQ's clean-ups wait for has happened by then
 
@@ -193,87 +194,50 @@ def test_a_requeued_job_keeps_the_expiry_of_its_failure_and_vanishes(one: Stock)
 # -- twice
 
 
-class Cutter:
-    """A proxy that lets one command through and cuts the connection in place of its reply."""
-
-    def __init__(self, url: str, marks: tuple[bytes, ...]) -> None:
-        self._path, self._marks = url.removeprefix("unix://"), marks
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listening.getsockname()[1]
-        self.cuts = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, socket.socket(socket.AF_UNIX) as server:
-            server.connect(self._path)
-            while sent := client.recv(1 << 20):
-                server.sendall(sent)
-                cut = not self.cuts and all(mark in sent for mark in self._marks)
-                answer = server.recv(1 << 20)  # whole replies: everything here is small
-                if cut:
-                    self.cuts += 1
-                    return
-                client.sendall(answer)
-
-    def close(self) -> None:
-        self._listening.close()
-
-
 @pytest.fixture
-def cut(valkey_url: str) -> Iterator[Callable[..., tuple[Cutter, redis.Redis]]]:
-    """Makes a client as everybody makes it, whose connection breaks once after a command with these marks."""
-    made: list[tuple[Cutter, redis.Redis]] = []
+def cut_once(valkey_url: str) -> Iterator[Callable[[str], tuple[Rule, redis.Redis]]]:
+    """Makes a client as everybody makes it, that loses the reply to one transaction with this command inside."""
+    with ExitStack() as stack:
 
-    def make(*marks: bytes) -> tuple[Cutter, redis.Redis]:
-        cutter = Cutter(valkey_url, marks)
-        made.append((cutter, redis.Redis(port=cutter.port)))
-        return made[-1]
+        def make(command: str) -> tuple[Rule, redis.Redis]:
+            proxy = stack.enter_context(proxied(valkey_url))
+            client = stack.enter_context(redis.Redis(unix_socket_path=proxy.url.removeprefix("unix://")))
+            return proxy.after("EXEC", cut, matches=lambda moment: command in moment.inside), client
 
-    yield make
-    for cutter, client in made:
-        client.close()
-        cutter.close()
+        yield make
 
 
 def test_an_enqueue_whose_reply_is_lost_is_queued_twice_and_runs_twice(
-    one: Stock, cut: Callable[..., tuple[Cutter, redis.Redis]]
+    one: Stock, cut_once: Callable[[str], tuple[Rule, redis.Redis]]
 ) -> None:
     """redis-py repeats the transaction by itself.
 
     submit.lua
     """
-    cutter, client = cut(b"RPUSH", b"EXEC")
+    lost, client = cut_once("RPUSH")
     job = Queue("q", connection=client, serializer=JSONSerializer).enqueue("operator.neg", 1)
 
-    assert cutter.cuts == 1
+    assert lost.happened.is_set()
     assert one.places(job) == ["list rq:queue:q"] * 2
     assert one.runs() == 2
     assert one.client.xlen(f"rq:results:{job.id}") == 2
 
 
 def test_a_success_whose_reply_is_lost_is_written_twice(
-    one: Stock, cut: Callable[..., tuple[Cutter, redis.Redis]]
+    one: Stock, cut_once: Callable[[str], tuple[Rule, redis.Redis]]
 ) -> None:
     """The broken connection reads as "somebody changed the dependents", so everything is done again.
 
     settle.lua
     """
-    cutter, client = cut(b"XADD", b"EXEC")
+    lost, client = cut_once("XADD")
     job = one.enqueue()
     worker = SimpleWorker(
         [Queue("q", connection=client, serializer=JSONSerializer)], connection=client, serializer=JSONSerializer
     )
     worker.work(burst=True, max_jobs=1)
 
-    assert cutter.cuts == 1
+    assert lost.happened.is_set()
     assert one.client.xlen(f"rq:results:{job.id}") == 2
 
 

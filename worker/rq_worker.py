@@ -67,7 +67,8 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
             self.set_state(STATES.get(state, WorkerStatus.SUSPENDED), pipeline=pipeline)
             pipeline.hexists(self.key, "birth")
             pipeline.sismember(self.redis_workers_keys, self.key)
-            *_, born, listed = pipeline.execute()
+            # A full memory refuses RQ's words, and that is no outage: it takes all of ours.
+            *_, born, listed = pipeline.execute(raise_on_error=False)
             if not (born and listed):
                 self._appear()
 
