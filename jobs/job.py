@@ -82,6 +82,7 @@ class Job:
     deadline_at: float | None = None
     attempt: int = 0  #: raised by each claim, lowered by nothing: the fence
     crashes: int = 0
+    deaths: tuple[Wire, ...] = ()  #: how the workers that ran it died, the last five; gone once it succeeds
     worker: str | None = None
     tokens_generated: int = 0
     cancel_requested: bool = False
@@ -112,6 +113,7 @@ class Job:
             "error": self.error,
             "reason": self.reason,
             "worker": self.worker,
+            "deaths": [dict(death) for death in self.deaths],
             "cached": False,
             "timings": self._timings(),
             "metadata": dict(self.metadata),

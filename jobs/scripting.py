@@ -21,7 +21,7 @@ COMMON = "common.lua"
 SEEN = (
     "status", "kind", "model", "attempt", "crashes", "created_at", "started_at", "ended_at", "first_token_at",
     "expires_at", "deadline_at", "worker_name", "tokens", "cancel_requested", "ticket", "error", "reason", "metadata",
-    "result_ttl", "events", "place", "closed",
+    "result_ttl", "events", "place", "closed", "deaths",
 )  # fmt: skip
 
 #: What RQ's pages show for ends that nobody computed.

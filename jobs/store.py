@@ -207,11 +207,11 @@ class Store:
 
     def reap(self) -> ReapReport:
         """Take jobs from dead workers: a lease found over is marked, and swept after the grace."""
-        return self._reap("")
+        return self._reap()
 
-    def expire_lease(self, worker: str) -> ReapReport:
-        """Take the jobs of a worker whose process is known to be dead, at once."""
-        return self._reap(worker)
+    def expire_lease(self, worker: str, how: str = "") -> ReapReport:
+        """Take the jobs of a worker whose process is known to be dead, at once; each remembers how it died."""
+        return self._reap(worker, how)
 
     def expire(self) -> int:
         """End queued jobs whose deadline has passed, forget ended ones whose time is over; how many."""
@@ -270,10 +270,10 @@ class Store:
                 break
         return total
 
-    def _reap(self, buried: str) -> ReapReport:
+    def _reap(self, buried: str = "", how: str = "") -> ReapReport:
         reports: list[ReapReport] = []
         for _ in range(MOST_ROUNDS):
-            report, more = self._runner.run(commands.reap(self._settings, buried))
+            report, more = self._runner.run(commands.reap(self._settings, buried, how))
             reports.append(report)
             if not more:
                 break

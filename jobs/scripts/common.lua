@@ -190,6 +190,7 @@ local function finish(id, job, state, how)
   set('error', how.error)
   call('HSET', K.job .. id, unpack(change))
   call('HDEL', K.job .. id, 'cancel_requested')
+  if state == 'succeeded' then call('HDEL', K.job .. id, 'deaths') end
   write_result(id, job, status, how)
   local seconds = keep(job)
   call('ZADD', REGISTRY[status], status == 'canceled' and SECONDS or seconds < 0 and '+inf' or SECONDS + seconds, id)
