@@ -98,6 +98,7 @@ class Settings:
     grace_seconds: float = _setting(8.0, "how long a reaped job waits for a late result", 0, 3_600)
     tick_seconds: float = _setting(2.0, "time between two looks for lost jobs", 0.05, 600)
     drain_seconds: float = _setting(25.0, "time to finish running jobs when told to stop", 0, 86_400)
+    stall_seconds: int = _setting(30, "a worker whose loop hangs for so long is killed; 0: never", 0, 86_400)
     max_queued: int = _setting(2_000_000, "a longer queue answers 429", 1, 1_000_000_000)
     max_body_bytes: int = _setting(8_388_608, "largest request body", 1_024, 1_073_741_824)
     max_wait_seconds: float = _setting(60.0, "longest a request may wait for its job", 0, 3_600)

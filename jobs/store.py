@@ -20,6 +20,7 @@ from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, Work
 from jobs.runner import Runner
 from jobs.scripting import Command
 from jobs.settings import StoreSettings
+from jobs.wake import Sleeper
 from jobs.work import Beat, Claim, ClaimedJob, Outcome, Publication, ReapReport, Reported, Settlement
 
 __all__ = [
@@ -37,7 +38,7 @@ class Store:
         """Take ``settings.redis_url``; nothing is sent yet."""
         self._settings = settings
         self._runner = Runner(connect(settings.redis_url), settings.result_ttl_seconds)
-        self._waiting = connect(settings.redis_url, blocking=True)
+        self._sleeper = Sleeper(settings.redis_url)
         self._card: WorkerCard | None = None
 
     @classmethod
@@ -51,7 +52,7 @@ class Store:
 
     def close(self) -> None:
         self._runner.client.close()
-        self._waiting.close()
+        self._sleeper.close()
 
     def inspect(self) -> ServerReport:
         """Look at the server, and give it our scripts.
@@ -224,13 +225,13 @@ class Store:
         return promoted
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Block until a job may be there, on a connection of its own; False when the time was over."""
+        """Block until a job may be there, for two seconds at most; False when none came."""
         model = self._card.model.name.lower() if self._card and self._card.model else ""
-        lists = [f"{keys.WAKE}.{model}", keys.WAKE]
-        try:
-            return self._waiting.blpop(lists, timeout=max(timeout_seconds, 0.01)) is not None  # 0 would be for ever
-        except (redis.RedisError, OSError) as error:
-            raise explain(error) from error
+        return self._sleeper.wait([f"{keys.WAKE}.{model}", keys.WAKE], timeout_seconds)
+
+    def interrupt(self) -> None:
+        """Let a wait that goes on now raise StoreUnavailable at once: from a signal handler, or from any thread."""
+        self._sleeper.interrupt()
 
     def emitted(self, job_id: str) -> tuple[Emitted, str | None]:
         """What earlier attempts published of the first choice, and the identity of the engine that began."""

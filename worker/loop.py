@@ -1,6 +1,7 @@
 """The loop: claim → step → publish → settle, between two steps of one engine. Knows no Redis command and no model.
 
-One thread does everything. The lease is renewed by the loop itself, so a step that never returns stops renewing it.
+One thread does everything. The loop itself renews the lease and gives its parent signs of life, so a step that never
+returns stops both.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from worker.running import Gate, Running
 from worker.stop import Stop
 from worker.upkeep import Upkeep
 
-IDLE_SECONDS = 1.0  #: the longest an idle worker blocks: a job that stock RQ put in wakes nobody
+IDLE_SECONDS = 0.5  #: the longest an idle worker blocks: a job that stock RQ put in wakes nobody
 SUSPENDED_SECONDS = 0.25  #: between two looks whether ``rq resume`` was called
 
 
@@ -57,6 +58,7 @@ class Worker:
             StoreUnavailable: Redis was away when we had to leave: leases run out, and results are computed again.
         """
         while self._going_on():
+            self._presence.sign()
             self._talk()
             self._end_early()
             self._take(self._step())
@@ -107,6 +109,7 @@ class Worker:
 
     def _start(self, job: ClaimedJob) -> None:
         """Put a claimed job into the engine; one that cannot be computed fails at once."""
+        self._presence.sign()  # many long prompts take long to read
         try:
             if isinstance(job.request, HeadraceError):
                 raise job.request
@@ -206,6 +209,7 @@ class Worker:
 
     def _leave(self) -> None:
         """Hand back what still runs, in its order and with its tokens, and say goodbye."""
+        self._presence.sign()
         self._report()
         self._store.release([(running.job_id, running.attempt) for running in self._running.values()])
         self._presence.leave()
