@@ -73,6 +73,7 @@ def build(
     """A worker, registered as soon as Redis is there."""
     store, name = Store.connect(store_settings), settings.worker_name
     card = WorkerCard(name=name, host=socket.gethostname(), pid=os.getpid(), model=engine.card, boot_id=read_boot_id())
+    stop.wake_with(store.interrupt)
     rq = RqWorker(name, connect(store_settings.redis_url), stop.request)
     presence = Presence(card, store, rq, pulse or Pulse(), settings.beat_seconds)
     patiently(presence.arrive, stop)

@@ -183,7 +183,8 @@ class Worker:
         try:
             self._store.wait(seconds)
         except StoreUnavailable as error:
-            self._outage.begin(error)
+            if not self._stop.requested:  # being told to stop cuts a wait short
+                self._outage.begin(error)
 
     def _hear(self, lost: Iterable[str], cancels: Iterable[str]) -> None:
         """Drop what is not ours any more: ended by RQ's own tools, or taken from a worker thought dead."""
