@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -179,18 +179,25 @@ class Store:
 
     def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
         """Write events and ends in one pipeline, the events of a job before its end."""
+        return self.begin_report(publications, settlements)()
+
+    def begin_report(
+        self, publications: Sequence[Publication], settlements: Sequence[Settlement]
+    ) -> Callable[[], Reported]:
+        """Send a report without waiting; what is returned waits for its answers, and is to be called once."""
         logged = {each.job_id: each.first + len(each.events) for each in publications}
         batch: list[Command[int]] = [commands.publish(each) for each in publications]
         batch += [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
         ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
-        answers = self._runner.answers(batch) if batch else []
+        read = self._runner.begin(batch)
+        return lambda: self._reported(ids, batch, read())
+
+    def _reported(self, ids: Sequence[str], batch: Sequence[Command[int]], answers: Sequence[int]) -> Reported:
         early = [i for i, answer in enumerate(answers) if answer == commands.TOO_EARLY]
-        if early:  # its events came after it: the server had lost one script and not the other
-            for i, answer in zip(early, self._runner.answers([batch[i] for i in early]), strict=True):
-                answers[i] = answer
+        again = dict(zip(early, self._runner.answers([batch[i] for i in early]), strict=True)) if early else {}
         told: dict[int, list[str]] = {}
-        for job_id, answer in zip(ids, answers, strict=True):
-            told.setdefault(answer, []).append(job_id)
+        for i, (job_id, answer) in enumerate(zip(ids, answers, strict=True)):
+            told.setdefault(again.get(i, answer), []).append(job_id)  # early: the server had lost one script of two
         with_dependents = tuple(told.get(commands.HAS_DEPENDENTS, ()))
         if with_dependents:
             self._release_dependents()

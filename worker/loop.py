@@ -74,18 +74,19 @@ class Worker:
         if self._outage.wait_seconds:
             return
         try:
-            self._report()
+            self._hear_report()
             self._renew()
             self._upkeep.do_if_due()
             self._claim()
+            self._outbox.send(self._store)  # last, for Redis writes it to its disk while the next step is computed
         except StoreUnavailable as error:
             self._outage.begin(error)
             self._presence.hurry()  # a claim may have been done and its reply lost: the next beat tells
         else:
             self._outage.end()
 
-    def _report(self) -> None:
-        reported = self._outbox.send(self._store)
+    def _hear_report(self) -> None:
+        reported = self._outbox.hear()
         self._hear(reported.refused, reported.cancels)
 
     def _renew(self) -> None:
@@ -211,7 +212,9 @@ class Worker:
     def _leave(self) -> None:
         """Hand back what still runs, in its order and with its tokens, and say goodbye."""
         self._presence.sign()
-        self._report()
+        self._hear_report()
+        self._outbox.send(self._store)
+        self._hear_report()
         self._store.release([(running.job_id, running.attempt) for running in self._running.values()])
         self._presence.leave()
 
