@@ -24,6 +24,7 @@ from jobs.work import Beat, Publication, ReapReport, Settlement
 REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, TOO_EARLY = 0, 1, 2, 3, 4, -1
 FULL_QUEUE, FULL_STORE, LATE = -1, -2, -3  #: why a submission was refused
 LOOKS = 512  #: ids one claim may look at
+LONGEST_HOW = 120  #: characters of how a worker died
 SWEEP = 500  #: jobs one call of expire, promote or reap may move
 
 
@@ -187,15 +188,19 @@ def release(job_id: str, attempt: int) -> Command[int]:
     return Command("release", [job_id, attempt], int)
 
 
-def reap(settings: StoreSettings, buried: str = "") -> Command[tuple[ReapReport, bool]]:
-    """Take jobs from dead workers; also whether there is more to do."""
+def reap(settings: StoreSettings, buried: str = "", how: str = "") -> Command[tuple[ReapReport, bool]]:
+    """Take jobs from dead workers; also whether there is more to do.
+
+    Args:
+        buried: a worker that was seen to die, and how.
+    """
 
     def decode(answer: Any) -> tuple[ReapReport, bool]:
         requeued, ended, dead, gone, more = answer
         names, ids = tuple(name.decode() for name in gone), tuple(job_id.decode() for job_id in dead)
         return ReapReport(requeued=requeued, ended=ended, dead=ids, workers=names), bool(more)
 
-    return Command("reap", [_ms(settings.grace_seconds), SWEEP, buried], decode)
+    return Command("reap", [_ms(settings.grace_seconds), SWEEP, buried, how[:LONGEST_HOW]], decode)
 
 
 def expire() -> Command[tuple[int, bool]]:

@@ -92,6 +92,7 @@ class Job:
     deadline_at: float | None = None
     attempt: int = 0  #: raised by each claim, lowered by nothing: the fence
     crashes: int = 0
+    deaths: tuple[Wire, ...] = ()  #: how the workers that ran it died, the last five; gone once it succeeds
     worker: str | None = None
     tokens_generated: int = 0
     cancel_requested: bool = False
@@ -126,6 +127,7 @@ class Job:
             "worker": self.worker,
             "resume": self.resume.value,
             "waiting_for": self.waiting_for,
+            "deaths": [dict(death) for death in self.deaths],
             "cached": False,
             "timings": self._timings(),
             "metadata": dict(self.metadata),

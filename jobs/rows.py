@@ -28,6 +28,9 @@ STATES: Mapping[str, JobState] = {
 }  #: RQ's status -> ours; what is not here waits: queued, scheduled, deferred, rate_limited …
 EXPIRED_REASON = "deadline"
 
+#: What is known of a worker's death: ``at`` in Unix seconds, ``tokens`` published by then, jobs beside this one.
+DEATH = ("attempt", "worker", "host", "how", "at", "tokens", "neighbours")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -63,6 +66,7 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
         deadline_at=_seconds(raw["deadline_at"]),
         attempt=int(raw["attempt"] or 0),
         crashes=int(raw["crashes"] or 0),
+        deaths=tuple({name: death.get(name) for name in DEATH} for death in json.loads(raw["deaths"] or b"[]")),
         worker=_text(raw["worker_name"]) or None,
         tokens_generated=int(raw["tokens"] or 0),
         cancel_requested=raw["cancel_requested"] is not None,

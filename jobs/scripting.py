@@ -21,7 +21,7 @@ SHARED = ("base", "log", "moves")  #: of ``scripts/lib``, in this order
 SEEN = (
     "status", "kind", "model", "attempt", "crashes", "created_at", "started_at", "ended_at", "first_token_at",
     "expires_at", "deadline_at", "worker_name", "tokens", "cancel_requested", "ticket", "error", "reason", "metadata",
-    "result_ttl", "events", "place", "closed", "waiting_for", "resume", "log",
+    "result_ttl", "events", "place", "closed", "waiting_for", "resume", "log", "deaths",
 )  # fmt: skip
 
 #: What RQ's pages show for ends that nobody computed.

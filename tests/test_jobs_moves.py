@@ -402,3 +402,16 @@ def test_kinds_are_indexed_apart(store: Store) -> None:
     assert [job.id for job in store.list(kinds=[Kind.PREDICT])] == ["p"]
     assert store.get("p").kind is Kind.PREDICT
     assert [job.id for job in take(store)] == ["p", "g"]
+
+
+def test_a_claim_that_finds_nothing_writes_nothing(store: Store, valkey: redis.Redis) -> None:
+    """A busy worker asks after each step: with ``appendfsync always`` a write would cost it the disk's time."""
+    born(store)
+    add(store, "a")
+    assert [job.id for job in take(store)] == ["a"]
+    take(store, running=1)
+    before = valkey.info("persistence")["rdb_changes_since_last_save"]
+    for _ in range(3):
+        assert take(store, running=1) == []
+
+    assert valkey.info("persistence")["rdb_changes_since_last_save"] == before

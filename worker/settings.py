@@ -10,6 +10,7 @@ ENGINES = ("torch", "instant")
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LONGEST_STALL = 86_400  #: seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class WorkerSettings:
     lease_seconds: float = 10.0  #: a worker silent for so long is taken for dead
     tick_seconds: float = 2.0  #: between two looks for dead workers, deadlines and retries
     drain_seconds: float = 25.0  #: to finish what runs after SIGTERM
+    stall_seconds: int = 30  #: a process whose loop gives no sign for so long is killed; 0: never
     log_level: str = "info"
     hf_token: str = field(default="", repr=False)  #: for the hub
 
@@ -50,6 +52,8 @@ class WorkerSettings:
         for name, low in _LEAST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: must be at least {low:g}, not {getattr(self, name)!r}")
+        if self.stall_seconds > LONGEST_STALL:
+            raise ValueError(f"stall_seconds: must be at most {LONGEST_STALL}, not {self.stall_seconds!r}")
 
     @property
     def beat_seconds(self) -> float:
@@ -68,6 +72,7 @@ _LEAST = {
     "lease_seconds": 0.1,
     "tick_seconds": 0.01,
     "drain_seconds": 0,
+    "stall_seconds": 0,
 }
 
 

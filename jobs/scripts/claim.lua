@@ -101,6 +101,7 @@ for _, list in ipairs({K.like .. identity, K.model_ready .. model, K.ready}) do
   end
 end
 if #taken < room and looks > 0 and count('queued') == 0 then
-  call('SET', K.passed, call('GET', K.tickets) or 0) -- nobody waits: the estimate starts afresh
+  local tickets = call('GET', K.tickets) or '0' -- nobody waits: the estimate starts afresh
+  if call('GET', K.passed) ~= tickets then call('SET', K.passed, tickets) end -- a write costs the disk's time
 end
 return {taken, 0, 0, #taken < room and looks == 0 and 1 or 0}

@@ -108,6 +108,7 @@ local function finish(id, job, state, how)
   call('HSET', K.job .. id, unpack(change))
   call('HDEL', K.job .. id, unpack(FLEETING))
   if job.ticket == 0 then call('HDEL', K.job .. id, 'ticket') end
+  if state == 'succeeded' then call('HDEL', K.job .. id, 'deaths') end
   write_result(id, job, status, how)
   local seconds = keep(job)
   call('ZADD', REGISTRY[status], status == 'canceled' and SECONDS or seconds < 0 and '+inf' or SECONDS + seconds, id)
