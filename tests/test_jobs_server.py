@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -294,3 +295,13 @@ def test_an_idle_worker_wakes_when_a_job_comes(store: Store) -> None:
 
     assert store.wait(10)
     assert [job.id for job in take(store)] == ["a"]
+
+
+def test_a_wait_that_is_interrupted_ends_at_once_and_the_next_one_works(store: Store) -> None:
+    threading.Timer(0.1, store.interrupt).start()
+    start = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        store.wait(2)
+
+    assert time.monotonic() - start < 1
+    assert not store.wait(0.01)

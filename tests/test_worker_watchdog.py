@@ -65,13 +65,13 @@ def test_a_stopped_engine_process_is_killed_and_its_jobs_go_on(valkey_url: str, 
 
 def test_a_parent_that_was_stopped_itself_does_not_kill_a_healthy_process(valkey_url: str, tmp_path: Path) -> None:
     with worker(valkey_url, tmp_path, stall_seconds=1, instant_step_ms=20) as process:
-        job = put(process.client, "long", max_tokens=300)
+        job = put(process.client, "long", max_tokens=400)
         eventually(lambda: tokens(job) > 3, "tokens", process.log)
         pid = process.engine_pid()
         process.parent.send_signal(signal.SIGSTOP)
         time.sleep(3)  # three times the silence that is allowed
         process.parent.send_signal(signal.SIGCONT)
-        time.sleep(1)
+        time.sleep(2)  # and it goes on judging, while one job runs and nothing is claimed
 
         assert process.engine_pid() == pid
         ended_alike([job], process.log)
