@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -26,11 +27,11 @@ from api.held import Held
 from api.metrics import Metrics
 from api.observe import Observe
 from api.problems import MEDIA_TYPE, PROBLEM_REFERENCE, PROBLEM_SCHEMA, Answer, Asked, respond
-from api.routes import events, fleet, jobs, predict, state
+from api.routes import dead_letters, events, fleet, jobs, predict, state
 from api.schema import QUERY_NAMES
 from api.settings import ApiSettings
 from core import errors
-from core.errors import HeadraceError, QueueFull
+from core.errors import DeadlineUnreachable, HeadraceError, QueueFull
 from jobs.async_store import AsyncStore
 
 #: The nearest class counts: a leaf without a row is answered as its parent is.
@@ -43,7 +44,10 @@ ANSWERS: Mapping[type[HeadraceError], Answer] = {
     errors.JobNotFound: Answer(status=404),
     errors.JobTimeout: Answer(status=504, repeat=False),
     errors.QueueFull: Answer(status=429),  # Retry-After is the error's own estimate
+    # The client's own move: a repeat would have a later deadline, so nobody repeats it unasked. Retry-After as above.
+    errors.DeadlineUnreachable: Answer(status=429, repeat=False),
     errors.StoreError: Answer(status=503, retry_after=2, text="the job store is unavailable; try again"),
+    errors.StoreFull: Answer(status=503, retry_after=5),
     errors.NotDurable: Answer(status=503, retry_after=1),
     errors.UnsafeServer: Answer(status=503, retry_after=60, text="the job store cannot keep a job safe as configured"),
     errors.EngineError: Answer(status=500, repeat=False),
@@ -68,7 +72,7 @@ ENDED: Mapping[str, Answer] = {
     "job_expired": Answer(status=504, repeat=False),
 }
 
-ROUTES = (jobs, events, predict, fleet, state)
+ROUTES = (jobs, events, dead_letters, predict, fleet, state)
 EXPOSED_HEADERS = ("location", "retry-after", "preference-applied", "x-request-id", "x-should-retry")
 ALLOWED_HEADERS = ("authorization", "content-type", "last-event-id", "prefer", "x-api-key", "x-request-id")
 
@@ -111,8 +115,8 @@ def answer_to(error: HeadraceError) -> Answer:
         row = ENDED.get(error.code) or _by_code(HeadraceError, error.code)
         return row or ANSWERS[ours.JobNotSucceeded]
     row = _row(type(error))
-    if isinstance(error, QueueFull):
-        return Answer(status=row.status, retry_after=min(max(error.retry_after_seconds, 1), 120))
+    if isinstance(error, QueueFull | DeadlineUnreachable):
+        return dataclasses.replace(row, retry_after=min(max(error.retry_after_seconds, 1), 120))
     return row
 
 

@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 from api.errors import NoWorker
 from core.card import ModelCard
 from core.errors import ModelNotFound
 from jobs.async_store import AsyncStore
 from jobs.job import Job
+from jobs.remembered import Remembered
 from jobs.reports import QueueReport, ServerReport, WorkerCard
 
-T = TypeVar("T")
 MAX_ETA_SECONDS = 7 * 86_400.0
-
-
-class Remembered(Generic[T]):
-    """A value that is loaded again when it is older than ``seconds``; whoever asks meanwhile shares the one load."""
-
-    def __init__(self, load: Callable[[], Coroutine[Any, Any, T]], seconds: float, clock: Callable[[], float]) -> None:
-        self._load = load
-        self._seconds = seconds
-        self._clock = clock
-        self._kept: tuple[float, T] | None = None  #: when it was loaded, and what
-        self._loading: asyncio.Task[T] | None = None
-
-    async def get(self) -> T:
-        """The value; an error of the load is everybody's who waited for it, and is not remembered."""
-        if self._kept is not None and self._clock() - self._kept[0] < self._seconds:
-            return self._kept[1]
-        if self._loading is None:
-            self._loading = asyncio.ensure_future(self._load())
-            self._loading.add_done_callback(self._loaded)
-        return await asyncio.shield(self._loading)
-
-    def _loaded(self, task: asyncio.Task[T]) -> None:
-        self._loading = None
-        if not task.cancelled() and task.exception() is None:
-            self._kept = (self._clock(), task.result())
 
 
 class Fleet:

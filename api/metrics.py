@@ -10,11 +10,21 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jobs.memory import MemoryReport
 from jobs.reports import QueueReport, WorkerCard
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LATENCY_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)  #: seconds
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  #: sequences that drew a token in one step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What the store answered for one scrape."""
+
+    queue: QueueReport
+    workers: Sequence[WorkerCard]
+    memory: MemoryReport
 
 
 class Metrics:
@@ -41,25 +51,24 @@ class Metrics:
         self._requests.labels(method, route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def render(self, queue: QueueReport | None, workers: Sequence[WorkerCard] | None) -> bytes:
-        """The text that Prometheus scrapes; None where the store did not answer."""
+    def render(self, seen: Seen | None) -> bytes:
+        """The text that Prometheus scrapes; None: the store did not answer."""
         fleet = CollectorRegistry()
-        fleet.register(_Snapshot(queue, workers))
+        fleet.register(_Snapshot(seen))
         return bytes(generate_latest(self._registry) + generate_latest(fleet))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Snapshot(Collector):
-    queue: QueueReport | None
-    workers: Sequence[WorkerCard] | None
+    seen: Seen | None
 
     def collect(self) -> Iterable[Metric]:
-        answered = self.queue is not None and self.workers is not None
-        yield GaugeMetricFamily("headrace_store_up", "1 when Redis answered this scrape", value=float(answered))
-        if self.queue is not None:
-            yield from _of_queue(self.queue)
-        if self.workers is not None:
-            yield from _of_workers(self.workers)
+        answered = float(self.seen is not None)
+        yield GaugeMetricFamily("headrace_store_up", "1 when Redis answered this scrape", value=answered)
+        if self.seen is not None:
+            yield from _of_queue(self.seen.queue)
+            yield from _of_workers(self.seen.workers)
+            yield from _of_memory(self.seen.memory)
 
 
 def _of_queue(queue: QueueReport) -> Iterable[Metric]:
@@ -68,6 +77,13 @@ def _of_queue(queue: QueueReport) -> Iterable[Metric]:
         jobs.add_metric([str(state)], count)
     yield jobs
     yield GaugeMetricFamily("headrace_queue_depth", "Jobs that wait to be claimed", value=queue.queued)
+    yield GaugeMetricFamily("headrace_dead_letters", "Jobs that killed their workers", value=queue.dead_letters)
+
+
+def _of_memory(memory: MemoryReport) -> Iterable[Metric]:
+    yield GaugeMetricFamily("headrace_store_memory_bytes", "Memory Redis counts as used", value=memory.used_bytes)
+    limit = "Redis' maxmemory; 0: no limit. Submissions are refused above 80 % of it"
+    yield GaugeMetricFamily("headrace_store_memory_limit_bytes", limit, value=memory.limit_bytes)
 
 
 def _of_workers(workers: Sequence[WorkerCard]) -> Iterable[Metric]:

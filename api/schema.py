@@ -21,14 +21,16 @@ from core.bounds import (
     MAX_STOP_STRINGS,
     MAX_TOKEN_ID,
 )
+from core.errors import InvalidField
 from core.request import Kind, Request, SamplingParams
-from jobs.job import JobState, NewJob
+from jobs.job import JobState, NewJob, Resume
 
 MAX_SECONDS = 2_592_000  #: thirty days: the longest deadline and retention a request may ask for
 MAX_METADATA = 16
 MAX_METADATA_KEY = 64
 MAX_METADATA_VALUE = 512
 MAX_PAGE = 100
+MAX_RETRIES = 1_000  #: ids in one body
 MAX_HELD_SECONDS = 3_600
 MAX_EVENT_NUMBER = 2**53 - 1
 JOB_ID = r"^[A-Za-z0-9_-]{1,128}$"
@@ -70,6 +72,7 @@ class Params(Body):
     """How tokens are drawn, and when to stop."""
 
     max_tokens: Annotated[int, bounded("max_tokens")] = _DEFAULT.max_tokens
+    n: Annotated[int, bounded("n")] = _DEFAULT.n
     temperature: Annotated[float, bounded("temperature")] = _DEFAULT.temperature
     top_p: Annotated[float, bounded("top_p")] = _DEFAULT.top_p
     top_k: Annotated[int, bounded("top_k")] = _DEFAULT.top_k
@@ -110,6 +113,8 @@ class JobFields(Body):
 
     model: ModelName | None = None
     deadline_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = None
+    resume: Annotated[Resume, Field(strict=False)] = Resume.RESTART
+    refuse_if_late: bool = False
     result_ttl_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
 
@@ -123,11 +128,19 @@ class JobFields(Body):
         return Request.from_wire(wire)
 
     def to_new_job(self, job_id: str, request: Request, *, result_ttl_seconds: int) -> NewJob:
-        """The job to submit; ``request`` is ours with the model's name settled."""
+        """The job to submit; ``request`` is ours with the model's name settled.
+
+        Raises:
+            InvalidField: ``refuse_if_late`` without a deadline.
+        """
+        if self.refuse_if_late and self.deadline_seconds is None:
+            raise InvalidField("refuse_if_late", "needs deadline_seconds beside it")
         return NewJob(
             id=job_id,
             request=request,
             deadline_seconds=self.deadline_seconds,
+            resume=self.resume,
+            refuse_if_late=self.refuse_if_late,
             result_ttl_seconds=self.result_ttl_seconds or result_ttl_seconds,
             metadata=self.metadata,
         )
@@ -156,8 +169,15 @@ class TextBody(Body):
     model: ModelName | None = None
 
 
+class RetryBody(Body):
+    """Which dead letters to queue again; all where none is named."""
+
+    ids: Annotated[list[JobId], Field(min_length=1, max_length=MAX_RETRIES)] | None = None
+
+
 JobBody = Annotated[GenerateBody | PredictBody, Field(discriminator="kind")]
 JOB_BODY: TypeAdapter[GenerateBody | PredictBody] = TypeAdapter(JobBody)
+RETRY_BODY: TypeAdapter[RetryBody] = TypeAdapter(RetryBody)
 TEXT_BODY: TypeAdapter[TextBody] = TypeAdapter(TextBody)
 
 
@@ -173,14 +193,19 @@ class WaitQuery(Query):
     wait: Seconds = 0.0
 
 
-class ListQuery(Query):
+class PageQuery(Query):
+    """A page of a list, newest first."""
+
+    after: JobId | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 20
+
+
+class ListQuery(PageQuery):
     """Which jobs, newest first."""
 
     status: Annotated[list[JobState], Field(max_length=16)] = Field(default_factory=list)
     kind: Annotated[list[Kind], Field(max_length=16)] = Field(default_factory=list)
     reason: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    after: JobId | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_PAGE)] = 20
 
 
 class EventsQuery(Query):
@@ -199,4 +224,5 @@ JOB_NAMES: Names = {
     "input.messages": tuple(Turn.model_fields),
 }
 TEXT_NAMES: Names = {"": tuple(TextBody.model_fields)}
+RETRY_NAMES: Names = {"": tuple(RetryBody.model_fields)}
 QUERY_NAMES: Names = {"": tuple({**WaitQuery.model_fields, **ListQuery.model_fields, **EventsQuery.model_fields})}

@@ -6,6 +6,8 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs.settings import DURABILITIES
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -42,8 +44,8 @@ class ApiSettings:
         self._check("heartbeat_seconds", 0.01, 3_600)
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
-        if self.durability not in ("fsync", "memory"):
-            raise ValueError(f"durability must be fsync or memory, not {self.durability!r}")
+        if self.durability not in DURABILITIES:
+            raise ValueError(f"durability must be one of {', '.join(DURABILITIES)}, not {self.durability!r}")
         if not self.on_loopback and not self.api_key and not self.api_key_file:
             raise ValueError(
                 f"host {self.host!r} can be reached from other machines: "

@@ -26,10 +26,13 @@ from core.request import Request, SamplingParams
 from jobs import commands
 from jobs.connection import connect
 from jobs.job import NewJob
+from jobs.memory import MemoryReport
 from jobs.runner import Runner
 from jobs.settings import StoreSettings
 from jobs.store import Store, WorkerCard
 
+#: As the embedded server is configured.
+SIZES = ("--stream-node-max-bytes", "256", "--hash-max-listpack-value", "4096")
 BATCH = 1_000
 CARD = ModelCard(
     name="instant",
@@ -71,10 +74,11 @@ def fill(store: Store, depth: int) -> None:
     client.config_set("appendfsync", "everysec")
     runner = Runner(client, 86_400)
     settings = StoreSettings(max_queued=10**9)
+    memory = MemoryReport(used_bytes=0, limit_bytes=0)
     missing = depth - store.queue().queued
     start = time.monotonic()
     for first in range(0, missing, BATCH):
-        new = [commands.submit(make(), settings) for _ in range(min(BATCH, missing - first))]
+        new = [commands.submit(make(), settings, memory) for _ in range(min(BATCH, missing - first))]
         runner.answers(new)
     print(f"{depth:>9,} queued after {time.monotonic() - start:.0f} s", file=sys.stderr)
     client.config_set("appendfsync", "always")
@@ -124,7 +128,7 @@ def serving() -> Iterator[str]:
         path = Path(folder) / "valkey.sock"
         command = [binary(), "--port", "0", "--unixsocket", str(path), "--dir", folder, "--save", ""]
         command += ["--appendonly", "yes", "--appendfsync", "always", "--auto-aof-rewrite-percentage", "0"]
-        process = subprocess.Popen([*command, "--stream-node-max-bytes", "256"], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, *SIZES], stdout=subprocess.DEVNULL)
         try:
             wait_for(f"unix://{path}")
             yield f"unix://{path}"

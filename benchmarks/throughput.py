@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.rig import describe_machine
 from benchmarks.systems import BareEngine, PlainTransformers, Run, WholeSystem
 from benchmarks.workload import Item, english, make_workload
 from core.models.source import resolve
@@ -119,11 +119,7 @@ def _ratio(above: list[float], below: list[float]) -> float:
 
 
 def _machine() -> str:
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-    return f"{torch.get_num_threads()} threads of {name}, torch {torch.__version__}"
+    return f"{torch.get_num_threads()} threads on {describe_machine()}, torch {torch.__version__}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -46,6 +46,7 @@ class Bound:
 #: The one place where the bounds of sampling parameters stand; the HTTP schema reads them from here.
 BOUNDS: Mapping[str, Bound] = {
     "max_tokens": Bound(1, 131_072, whole=True),
+    "n": Bound(1, 64, whole=True),
     "temperature": Bound(0.0, 2.0),
     "top_p": Bound(0.0, 1.0, above=True),
     "top_k": Bound(0, 1_000_000, whole=True),

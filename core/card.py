@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from core.bounds import Wire
 
+CHECKSUM_DIGITS = 16  #: of the weights' checksum, where two engines are told apart
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelCard:
@@ -27,7 +29,7 @@ class ModelCard:
     @property
     def identity(self) -> str:
         """Equal for two workers exactly if one may go on where the other stopped."""
-        return f"{self.engine}-{self.version}-{self.dtype}-{self.weights[:16]}"
+        return f"{self.engine}-{self.version}-{self.dtype}-{self.weights[:CHECKSUM_DIGITS]}"
 
     def to_wire(self) -> Wire:
         return {**dataclasses.asdict(self), "kinds": list(self.kinds)}

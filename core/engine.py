@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,17 +9,29 @@ from importlib import metadata
 
 import torch
 
-from core.answer import Answer, NoText
 from core.attention import KVCache
 from core.batch import Batch, build_batch
 from core.blocks import BLOCK_TOKENS, BlockPool
+from core.budget import StepBudget
 from core.card import ModelCard
-from core.errors import InvalidField, ModelRefused, PromptTooLong, RequestError, UnsupportedRequest
-from core.memory import available_bytes, parse_size, usual_tokens
+from core.choices import Choices
+from core.errors import ModelRefused, OutOfMemory, RequestError
+from core.memory import available_bytes, free_unused, is_out_of_memory, parse_size, usual_tokens
 from core.models.load import LoadedModel, load_model
 from core.models.source import resolve
-from core.protocol import NOTHING_EMITTED, EngineStats
-from core.request import Emitted, Event, FinishedEvent, FinishReason, Kind, Request, Result, TokenEvent
+from core.protocol import EngineStats
+from core.reader import Reader
+from core.request import (
+    Emitted,
+    Event,
+    FailedEvent,
+    FinishedEvent,
+    FinishReason,
+    Kind,
+    Request,
+    Result,
+    TokenEvent,
+)
 from core.runners.decoder import DecoderRunner
 from core.sampler import GREEDY, Draw, Drawn, draw
 from core.scheduler import Scheduler, Slice, Step
@@ -62,11 +73,13 @@ class Engine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
         pool = BlockPool(_slots(loaded, config))
         self._loaded = loaded
-        self._scheduler = Scheduler(pool, max_running=config.max_running, step_tokens=config.step_tokens)
+        self._scheduler = Scheduler(pool, max_running=config.max_running)
+        self._budget = StepBudget(config.step_tokens)
         self._runner = DecoderRunner(loaded.model, KVCache(pool.tokens))
-        self._sequences: dict[str, Sequence] = {}
+        self._jobs: dict[str, Choices[Sequence]] = {}  # the scheduler has those of their sequences that go on
         self.stats = EngineStats()
         self.card = _card(loaded, config, pool.tokens)
+        self._reader = Reader(loaded, self.card)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -86,34 +99,29 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        return not self._sequences
+        return not self._jobs
 
-    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
-        sequence = self._read(job_id, request)
-        if not sequence.predicts:
-            _replay(sequence, emitted)
+    def add(self, job_id: str, request: Request, emitted: tuple[Emitted, ...] = ()) -> None:
+        job = self._reader.read(job_id, request, emitted)
         self.drop(job_id)
-        self._sequences[job_id] = sequence
-        self._scheduler.add(sequence)
+        self._jobs[job_id] = job
+        for sequence in job.going_on:
+            self._scheduler.add(sequence)
 
     def cancel(self, job_id: str, reason: FinishReason = "cancelled") -> None:
-        sequence = self._sequences.get(job_id)
-        if sequence is not None and not sequence.ended:
-            sequence.answer.finish_reason = reason  # what is held back was never certain, nor shown
+        if (job := self._jobs.get(job_id)) is not None:
+            self._scheduler.remove(*job.going_on)
+            job.end(reason)
 
     def drop(self, job_id: str) -> None:
-        sequence = self._sequences.pop(job_id, None)
-        if sequence is not None:
-            self._scheduler.remove(sequence)
+        if (job := self._jobs.pop(job_id, None)) is not None:
+            self._scheduler.remove(*job.going_on)
 
     def step(self) -> list[Event]:
         started = time.perf_counter()
         events = self._finish_ended()
-        step = self._scheduler.plan()
-        if step.slices:
-            batch = build_batch(step, self._loaded.device)
-            drawn = draw(self._runner.forward(batch), _draws(step, batch))
-            events += self._advance(step, batch, drawn)
+        events += self._compute(self._scheduler.plan(self._budget.tokens))
+        self._budget.end_step()
         self.stats.steps += 1
         self.stats.step_seconds += time.perf_counter() - started
         return events
@@ -138,52 +146,43 @@ class Engine:
             results |= {event.job_id: event.result for event in self.step() if isinstance(event, FinishedEvent)}
         return [results[name] for name in names]
 
-    def _read(self, job_id: str, request: Request) -> Sequence:
-        """The request as a sequence that has not begun."""
-        tokens, param = self._read_input(request)
-        limit = self.card.max_model_len
-        if not tokens:
-            raise InvalidField(param, "has no token")
-        if max(tokens) >= self.card.vocab_size:
-            raise InvalidField(param, f"must hold token ids below {self.card.vocab_size}, this model's vocabulary")
-        answer_tokens = 0 if request.kind is Kind.PREDICT else request.params.max_tokens
-        if len(tokens) + min(answer_tokens, 1) > limit:
-            raise PromptTooLong(len(tokens), limit - min(answer_tokens, 1), param)
-        tokenizer, params = self._loaded.tokenizer, request.params
-        return Sequence(
-            job_id=job_id,
-            request=request,
-            tokens=tokens,
-            prompt_tokens=len(tokens),
-            most_tokens=min(len(tokens) + answer_tokens, limit),
-            seed=_seed(job_id) if params.seed is None else params.seed,
-            answer=Answer(
-                stream=NoText() if tokenizer is None else tokenizer.stream(),
-                stop=params.stop,
-                end_ids=() if params.ignore_eos else self._loaded.end_ids,
-            ),
-        )
-
-    def _read_input(self, request: Request) -> tuple[list[int], str]:
-        """Token ids, and the field they come from."""
-        if request.token_ids is not None:
-            param = "input.token_ids" if request.kind is Kind.PREDICT else "input.prompt_token_ids"
-            return list(request.token_ids), param
-        param = "input.messages" if request.prompt is None else "input.prompt"
-        if self._loaded.tokenizer is None:
-            raise UnsupportedRequest(param, "this model has no tokenizer; send input.prompt_token_ids")
-        if request.prompt is not None:
-            return self._loaded.tokenizer.encode(request.prompt), param
-        return self._loaded.tokenizer.encode_chat(request.messages or ()), param
-
     def _finish_ended(self) -> list[Event]:
         """Let those go that ended between two steps: cancelled, or complete with what was emitted before."""
-        ended = [sequence for sequence in self._sequences.values() if sequence.ended]
-        return [self._finish(sequence) for sequence in ended]
+        return [self._finish(job) for job in list(self._jobs.values()) if job.ended]
 
-    def _finish(self, sequence: Sequence) -> Event:
-        self.drop(sequence.job_id)
-        return FinishedEvent(job_id=sequence.job_id, result=sequence.result())
+    def _finish(self, job: Choices[Sequence]) -> Event:
+        del self._jobs[job.job_id]
+        return FinishedEvent(job_id=job.job_id, result=job.result())
+
+    def _compute(self, step: Step) -> list[Event]:
+        """Pass a step through the model; where memory does not suffice, one half of it after the other."""
+        if not step.slices:
+            return []
+        if (passed := self._pass(step)) is not None:
+            self._budget.fitted(step.tokens)
+            return self._advance(step, *passed)
+        self._budget.exceeded()
+        if step.tokens == 1:
+            return [self._fail(step.slices[0].sequence.job_id, OutOfMemory())]
+        return [event for half in step.halves() for event in self._compute(half.still_running())]
+
+    def _pass(self, step: Step) -> tuple[Batch, list[Drawn]] | None:
+        """Compute and draw; None where memory does not suffice.
+
+        That leaves nothing behind but keys and values in slots of these very tokens, which the next try writes again.
+        """
+        try:
+            batch = build_batch(step, self._loaded.device)
+            return batch, draw(self._runner.forward(batch), _draws(step, batch))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_unused(self._loaded.device)  # out here the error is gone, and with it what its traceback held
+        return None
+
+    def _fail(self, job_id: str, error: Exception) -> Event:
+        self.drop(job_id)
+        return FailedEvent(job_id=job_id, error=error)
 
     def _advance(self, step: Step, batch: Batch, drawn: list[Drawn]) -> list[Event]:
         """Write down what the step computed, and say what happened."""
@@ -199,11 +198,17 @@ class Engine:
                 events.append(_accept(sequence, tokens[0]))
                 decoded += 1
             if sequence.ended:
-                events.append(self._finish(sequence))
+                events += self._end(sequence)
         if decoded:
             self.stats.generated_tokens += decoded
             self.stats.decode_rows[decoded] = self.stats.decode_rows.get(decoded, 0) + 1
         return events
+
+    def _end(self, sequence: Sequence) -> list[Event]:
+        """Free what an ended sequence had; with its job's last one the job is finished."""
+        self._scheduler.remove(sequence)
+        job = self._jobs[sequence.job_id]
+        return [self._finish(job)] if job.ended else []
 
     def _count_prompt(self, piece: Slice) -> None:
         self.stats.prompt_tokens += max(0, min(piece.end, piece.sequence.prompt_tokens) - piece.begin)
@@ -212,17 +217,11 @@ class Engine:
 def _accept(sequence: Sequence, token: Drawn) -> TokenEvent:
     return TokenEvent(
         job_id=sequence.job_id,
+        index=sequence.index,
         text=sequence.accept(token.token_id, token.logprob),
         token_ids=(token.token_id,),
         logprobs=None if token.logprob is None else (token.logprob,),
     )
-
-
-def _replay(sequence: Sequence, emitted: Emitted) -> None:
-    """Bring a sequence to where an earlier attempt left it: its text was published already."""
-    for number, token_id in enumerate(emitted.token_ids):
-        if not sequence.ended:
-            sequence.accept(token_id, emitted.logprobs[number] if emitted.logprobs else None)
 
 
 def _draws(step: Step, batch: Batch) -> list[Draw]:
@@ -234,13 +233,8 @@ def _draws(step: Step, batch: Batch) -> list[Draw]:
             draws += [GREEDY] * count
         elif count:
             position = len(sequence.tokens) - sequence.prompt_tokens
-            draws.append(Draw(sequence.request.params, sequence.seed, position))
+            draws.append(Draw(sequence.request.params, sequence.seed, position, sequence.index))
     return draws
-
-
-def _seed(job_id: str) -> int:
-    """A seed for a job that names none: the same for every attempt."""
-    return int.from_bytes(hashlib.sha256(job_id.encode()).digest()[:8], "big")
 
 
 def _slots(loaded: LoadedModel, config: EngineConfig) -> int:

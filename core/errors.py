@@ -14,18 +14,23 @@
     │   ├── JobConflict            the job's state does not allow that move
     │   └── JobTimeout             it ran longer than its submitter allowed
     ├── QueueFull                the client's move, later: the queue is at its bound
+    ├── DeadlineUnreachable      the client's move: the queue is too long for the deadline it asked to be held to
     ├── StoreError               the operator's move: Redis
     │   ├── StoreUnavailable       it does not answer, is loading, read-only or out of memory or disk
+    │   ├── StoreFull              its memory is nearly used up; what runs may end, nothing new comes in
     │   ├── NotDurable             written, but not confirmed on disk in time; a repeat is safe
     │   └── UnsafeServer           its configuration cannot keep the promise that was asked for
     └── EngineError              our move: a step failed
-        ├── EngineChanged          another engine began the answer; ours would go on differently
+        ├── EngineChanged          another engine began the answer, and ours cannot go on with it
+        ├── OutOfMemory            not even one token of the job finds memory
         └── PoisonJob              the job was running each time its worker died
 
 Leaves carry facts as attributes and build their own message; ``code`` is the stable word a client may match.
 """
 
 from __future__ import annotations
+
+import math
 
 
 class HeadraceError(Exception):
@@ -165,6 +170,26 @@ class QueueFull(HeadraceError):
         self.retry_after_seconds = retry_after_seconds  #: honest estimate, 1 … 120
 
 
+class DeadlineUnreachable(HeadraceError):
+    """By the queue's own estimate the job's turn comes after its deadline, and its client asked to be told."""
+
+    code = "deadline_unreachable"
+    param = "deadline_seconds"
+
+    def __init__(self, estimate_seconds: int, deadline_seconds: float) -> None:
+        super().__init__(
+            f"deadline_seconds: {deadline_seconds:g}, and the job's turn would come in about {estimate_seconds} s; "
+            f"submit it without refuse_if_late, or later"
+        )
+        self.estimate_seconds = estimate_seconds
+        self.deadline_seconds = deadline_seconds
+
+    @property
+    def retry_after_seconds(self) -> int:
+        """When the queue may be short enough, if nothing else comes."""
+        return math.ceil(max(self.estimate_seconds - self.deadline_seconds, 1))
+
+
 class StoreError(HeadraceError):
     """Redis is not as we need it."""
 
@@ -178,6 +203,20 @@ class StoreUnavailable(StoreError):
 
     def __init__(self, detail: str) -> None:
         super().__init__(f"the job store is unavailable: {detail}")
+
+
+class StoreFull(StoreError):
+    """Its memory is nearly used up: nothing new is taken, so that what was taken can end."""
+
+    code = "store_full"
+
+    def __init__(self, used_bytes: int, limit_bytes: int) -> None:
+        super().__init__(
+            f"the job store uses {used_bytes / 2**20:.1f} MiB of its {limit_bytes / 2**20:.1f} MiB, which is too full "
+            f"for another job; delete ended jobs, keep them for a shorter time, or raise maxmemory"
+        )
+        self.used_bytes = used_bytes
+        self.limit_bytes = limit_bytes
 
 
 class NotDurable(StoreError):
@@ -209,14 +248,27 @@ class EngineError(HeadraceError):
 
 
 class EngineChanged(EngineError):
-    """Another model, dtype or version began the answer; ours would silently go on as somebody else."""
+    """Another engine began the answer, with tokens that ours does not have."""
 
     code = "engine_changed"
 
-    def __init__(self, began: str, ours: str) -> None:
-        super().__init__(f"engine {began} began this answer and only {ours} is here; retry the job to start it again")
-        self.began = began
+    def __init__(self, ours: str) -> None:
+        super().__init__(
+            f"another engine began this answer with tokens that {ours} lacks; retry the job to start it again"
+        )
         self.ours = ours
+
+
+class OutOfMemory(EngineError):
+    """Memory does not suffice for one more token of this job, computed by itself."""
+
+    code = "out_of_memory"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the worker has too little memory for even one token of this job; "
+            "lower its max_running, step_tokens or kv_memory, or the job's max_tokens"
+        )
 
 
 class PoisonJob(EngineError):

@@ -1,10 +1,10 @@
-"""An engine without a model: token k of a job is a hash of its prompt, its seed and k. Standard library only.
+"""An engine without a model: token k of choice i is a hash of prompt, seed, i and k. Standard library only.
 
 It ships for load tests, crash tests and people who try the queue before they have a model. It keeps every promise of
 ``EngineProtocol``: resuming, cancelling, stop strings, log-probabilities. Test hooks: a prompt that starts with
 
     !crash      kills the process (SIGKILL) when the job is stepped: a poison job
-    !crash 3    … once it has 3 tokens
+    !crash 3    … once it has 3 tokens, all choices together
     !fail       ends the job with an EngineError
     !raise      the step raises: an engine with a fault
     !hang       the step never returns
@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 from core.card import ModelCard
+from core.choices import Choices
 from core.errors import EngineError, InvalidField, PromptTooLong
-from core.protocol import NOTHING_EMITTED, EngineStats
+from core.protocol import EngineStats
 from core.request import (
     Choice,
     Emitted,
@@ -33,10 +34,8 @@ from core.request import (
     FinishReason,
     Kind,
     Request,
-    Result,
     TokenEvent,
     TokenLogprob,
-    Usage,
 )
 
 VOCABULARY = 1_000
@@ -49,7 +48,7 @@ class InstantConfig:
 
     name: str = "instant"  #: the model's name
     step_seconds: float = 0.0  #: sleep this long in each step
-    max_running: int = 32  #: jobs at once
+    max_running: int = 32  #: sequences at once
 
     def __post_init__(self) -> None:
         if not 0 <= self.step_seconds <= 3600:
@@ -60,7 +59,7 @@ class InstantConfig:
 
 @dataclass(slots=True, eq=False)
 class InstantSequence:
-    """One job while it is computed.
+    """One choice while it is computed.
 
     Invariant: ``sent <= len(text)``; the rest is held back because it may be the beginning of a stop string.
     """
@@ -68,12 +67,34 @@ class InstantSequence:
     job_id: str
     request: Request
     key: bytes  #: what the tokens are a hash of
-    prompt_tokens: int
-    tokens: list[int]
+    index: int
+    most_tokens: int  #: the answer never grows past this
+    tokens: list[int] = field(default_factory=list)
+    predicted: list[int] = field(default_factory=list)
     text: str = ""
     sent: int = 0  #: leading characters of ``text`` that are published
     logprobs: list[TokenLogprob] = field(default_factory=list)
     ending: FinishReason | None = None  #: set when there is nothing more to draw
+
+    @property
+    def ended(self) -> bool:
+        """Nothing is left to draw."""
+        return self.ending is not None
+
+    def end(self, reason: FinishReason) -> None:
+        """End here, unless it has ended."""
+        self.ending = self.ending or reason
+
+    def choice(self) -> Choice:
+        """What is stored at the end; the sequence has ended."""
+        assert self.ending is not None
+        return Choice(
+            index=self.index,
+            text=self.text[: self.sent],
+            finish_reason=self.ending,
+            token_ids=tuple(self.tokens),
+            logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
+        )
 
 
 class InstantEngine:
@@ -82,7 +103,7 @@ class InstantEngine:
     def __init__(self, config: InstantConfig | None = None, *, sleep: Callable[[float], None] = time.sleep) -> None:
         self._config = config or InstantConfig()
         self._sleep = sleep
-        self._sequences: dict[str, InstantSequence] = {}
+        self._jobs: dict[str, Choices[InstantSequence]] = {}
         self.stats = EngineStats()
         self.card = ModelCard(
             name=self._config.name,
@@ -99,44 +120,45 @@ class InstantEngine:
 
     @property
     def room(self) -> int:
-        return max(0, self._config.max_running - len(self._sequences))
+        return max(0, self._config.max_running - sum(len(job.going_on) for job in self._jobs.values()))
 
     @property
     def idle(self) -> bool:
-        return not self._sequences
+        return not self._jobs
 
-    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
-        sequence = _take(job_id, request, emitted)
-        self.stats.prompt_tokens += sequence.prompt_tokens + len(emitted.token_ids)
-        self._sequences[job_id] = sequence
+    def add(self, job_id: str, request: Request, emitted: tuple[Emitted, ...] = ()) -> None:
+        job = self._jobs[job_id] = _take(job_id, request, emitted)
+        self.stats.prompt_tokens += sum(job.prompt_tokens + len(sequence.tokens) for sequence in job.sequences)
 
     def cancel(self, job_id: str, reason: FinishReason = "cancelled") -> None:
-        if (sequence := self._sequences.get(job_id)) is not None:
-            sequence.ending = sequence.ending or reason
+        if (job := self._jobs.get(job_id)) is not None:
+            job.end(reason)
 
     def drop(self, job_id: str) -> None:
-        self._sequences.pop(job_id, None)
+        self._jobs.pop(job_id, None)
 
     def step(self) -> list[Event]:
         start = time.perf_counter()
         if self._config.step_seconds:
             self._sleep(self._config.step_seconds)
-        rows = sum(sequence.ending is None for sequence in self._sequences.values())
-        events = [event for sequence in list(self._sequences.values()) for event in self._advance(sequence)]
-        self._count(rows, time.perf_counter() - start)
+        events: list[Event] = []
+        places = self._config.max_running
+        for job in list(self._jobs.values()):
+            running = job.going_on[:places]
+            places -= len(running)
+            events += self._advance(job, running)
+        self._count(self._config.max_running - places, time.perf_counter() - start)
         return events
 
-    def _advance(self, sequence: InstantSequence) -> list[Event]:
-        """One token more, or the end, or both."""
-        events: list[Event] = []
-        if (error := _obey_prompt(sequence)) is not None:
-            events.append(FailedEvent(job_id=sequence.job_id, error=error))
-        elif sequence.ending is None:
-            events.append(_draw(sequence))
-        if error is None and sequence.ending is not None:
-            events.append(FinishedEvent(job_id=sequence.job_id, result=_result(sequence)))
-        if not isinstance(events[-1], TokenEvent):
-            del self._sequences[sequence.job_id]
+    def _advance(self, job: Choices[InstantSequence], running: list[InstantSequence]) -> list[Event]:
+        """One token more for each choice that runs, or the job's end, or both."""
+        if (error := _obey_prompt(job)) is not None:
+            del self._jobs[job.job_id]
+            return [FailedEvent(job_id=job.job_id, error=error)]
+        events: list[Event] = [_draw(sequence) for sequence in running]
+        if job.ended:
+            del self._jobs[job.job_id]
+            events.append(FinishedEvent(job_id=job.job_id, result=job.result()))
         return events
 
     def _count(self, rows: int, seconds: float) -> None:
@@ -154,15 +176,25 @@ def _version() -> str:
         return "0"  # a checkout that nobody installed
 
 
-def _take(job_id: str, request: Request, emitted: Emitted) -> InstantSequence:
-    """The sequence as it stood after ``emitted``."""
-    seed = (request.params.seed if request.params.seed is not None else job_id) if request.params.temperature else None
+def _take(job_id: str, request: Request, emitted: tuple[Emitted, ...]) -> Choices[InstantSequence]:
+    """The job as it stood after ``emitted``."""
+    params, prompt_tokens = request.params, _count_prompt(request)
+    if request.kind is Kind.PREDICT:
+        return Choices(job_id, request, prompt_tokens, (_predict(job_id, request),))
+    seed = (params.seed if params.seed is not None else job_id) if params.temperature else None
     key = hashlib.sha256(json.dumps([request.to_wire()["input"], seed]).encode()).digest()
-    ending: FinishReason | None = "stop" if request.kind is Kind.PREDICT else None
-    sequence = InstantSequence(job_id, request, key, _count_prompt(request), [], ending=ending)
-    for token_id in emitted.token_ids:
-        _append(sequence, token_id)
-    return sequence
+    most = min(params.max_tokens, MAX_MODEL_LEN - prompt_tokens)
+    sequences = tuple(InstantSequence(job_id, request, key, index, most) for index in range(params.n))
+    for sequence, published in zip(sequences, emitted, strict=False):
+        for token_id in published.token_ids:
+            _append(sequence, token_id)
+    return Choices(job_id, request, prompt_tokens, sequences)
+
+
+def _predict(job_id: str, request: Request) -> InstantSequence:
+    """All there is to say at once: nothing is drawn."""
+    following = [(7 * token_id + 1) % VOCABULARY for token_id in request.token_ids or ()]
+    return InstantSequence(job_id, request, b"", 0, 0, predicted=following, ending="stop")
 
 
 def _count_prompt(request: Request) -> int:
@@ -184,10 +216,11 @@ def _count_prompt(request: Request) -> int:
     return tokens
 
 
-def _obey_prompt(sequence: InstantSequence) -> EngineError | None:
+def _obey_prompt(job: Choices[InstantSequence]) -> EngineError | None:
     """Do what a prompt with a test hook says; its error, if it asks for one."""
-    word, _, count = (sequence.request.prompt or "").partition(" ")
-    if word == "!crash" and len(sequence.tokens) >= (int(count) if count.isdecimal() else 0):
+    word, _, count = (job.request.prompt or "").partition(" ")
+    drawn = sum(len(sequence.tokens) for sequence in job.sequences)
+    if word == "!crash" and drawn >= (int(count) if count.isdecimal() else 0):
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "!raise":
         raise RuntimeError("the prompt asked for a fault")
@@ -202,11 +235,12 @@ def _draw(sequence: InstantSequence) -> TokenEvent:
     _append(sequence, token_id)
     logprobs = None if sequence.request.params.logprobs is None else (sequence.logprobs[-1],)
     text = sequence.text[before : sequence.sent]
-    return TokenEvent(job_id=sequence.job_id, text=text, token_ids=(token_id,), logprobs=logprobs)
+    return TokenEvent(job_id=sequence.job_id, index=sequence.index, text=text, token_ids=(token_id,), logprobs=logprobs)
 
 
 def _token(sequence: InstantSequence, k: int) -> int:
-    digest = hashlib.blake2b(sequence.key + k.to_bytes(4, "big"), digest_size=8).digest()
+    salt = sequence.index.to_bytes(16, "little")  # the first choice's is what an absent one is
+    digest = hashlib.blake2b(sequence.key + k.to_bytes(4, "big"), digest_size=8, salt=salt).digest()
     return int.from_bytes(digest, "big") % VOCABULARY
 
 
@@ -221,7 +255,7 @@ def _append(sequence: InstantSequence, token_id: int) -> None:
     found = [at for at in (sequence.text.find(stop, start) for stop in params.stop) if at >= 0]
     if found:
         sequence.text, sequence.ending = sequence.text[: min(found)], "stop"
-    elif len(sequence.tokens) >= min(params.max_tokens, MAX_MODEL_LEN - sequence.prompt_tokens):
+    elif len(sequence.tokens) >= sequence.most_tokens:
         sequence.ending = "length"
     held = 0 if sequence.ending else _held_back(sequence.text, params.stop)
     sequence.sent = len(sequence.text) - held
@@ -239,17 +273,3 @@ def _held_back(text: str, stops: tuple[str, ...]) -> int:
 def _logprob(token_id: int, likeliest: int) -> TokenLogprob:
     top = tuple(((token_id + place) % VOCABULARY, -0.5 - place) for place in range(likeliest))
     return TokenLogprob(token_id=token_id, logprob=-0.5, top=top)
-
-
-def _result(sequence: InstantSequence) -> Result:
-    usage = Usage(prompt_tokens=sequence.prompt_tokens, completion_tokens=len(sequence.tokens))
-    if sequence.request.kind is Kind.PREDICT:
-        following = tuple((7 * token_id + 1) % VOCABULARY for token_id in sequence.request.token_ids or ())
-        return Result(usage=usage, token_ids=following)
-    choice = Choice(
-        text=sequence.text[: sequence.sent],
-        finish_reason=sequence.ending or "stop",
-        token_ids=tuple(sequence.tokens),
-        logprobs=None if sequence.request.params.logprobs is None else tuple(sequence.logprobs),
-    )
-    return Result(usage=usage, choices=(choice,))

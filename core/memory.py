@@ -1,4 +1,4 @@
-"""How much memory keys and values may take. Knows sizes in words and the machine's own; reserves nothing."""
+"""How much memory there is, and what it looks like when there is none. Knows sizes in words; reserves nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 SHARE = 0.25  #: of a host's memory, for ``auto``: several workers may share it
 CARD_SHARE = 0.8  #: of what is free on a card once the weights are there
 USUAL_TOKENS = 2048  #: a sequence's length that ``auto`` reckons with, where the model takes longer ones
+
+#: What allocators say that have no error class of their own: the processor's, cuBLAS, and drivers.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -41,3 +44,17 @@ def available_bytes(device: torch.device) -> int:
 def usual_tokens(max_running: int, max_model_len: int) -> int:
     """Cache slots for ``max_running`` sequences of a usual length, and for at least one as long as may be."""
     return max(max_running * min(max_model_len, USUAL_TOKENS), max_model_len)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """An allocation failed: smaller ones may not."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def free_unused(device: torch.device) -> None:
+    """Give back what torch keeps for later; in pieces of the wrong size it is of no use to the next try."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()

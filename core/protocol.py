@@ -8,8 +8,6 @@ from typing import Protocol
 from core.card import ModelCard
 from core.request import Emitted, Event, FinishReason, Request
 
-NOTHING_EMITTED = Emitted()
-
 
 @dataclass(slots=True, eq=False)
 class EngineStats:
@@ -33,7 +31,11 @@ class EngineProtocol(Protocol):
 
     @property
     def room(self) -> int:
-        """How many more jobs it can take now; 0 while it has enough work and memory is spoken for."""
+        """How many more sequences it can take now; 0 while it has enough work and memory is spoken for.
+
+        A job has one for each of its choices. One with more than there is room for is taken all the same: those that
+        find no place wait for one.
+        """
         ...
 
     @property
@@ -41,12 +43,13 @@ class EngineProtocol(Protocol):
         """Nothing to compute: ``step`` would return no event."""
         ...
 
-    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
-        """Take a job in; its first event comes with a later ``step``.
+    def add(self, job_id: str, request: Request, emitted: tuple[Emitted, ...] = ()) -> None:
+        """Take a job in; its first event comes with a later ``step``, its last once all its choices have ended.
 
         Args:
-            emitted: tokens an earlier attempt has published: they are read, not published again, and count
-                towards ``max_tokens``; what follows is what that attempt would have drawn.
+            emitted: tokens that earlier attempts have published, by choice; nothing for those it is too short for.
+                They are read, not published again, and count towards ``max_tokens``; what follows is what those
+                attempts would have drawn, and nothing in a choice that had ended.
 
         Raises:
             RequestError: too long, unsupported, ids outside the vocabulary …; the engine is as before.
@@ -54,7 +57,7 @@ class EngineProtocol(Protocol):
         ...
 
     def cancel(self, job_id: str, reason: FinishReason = "cancelled") -> None:
-        """End a job: the next ``step`` returns its FinishedEvent with what it has. Unknown ids are ignored."""
+        """End a job: the next ``step`` returns its FinishedEvent with what there is. Unknown ids are ignored."""
         ...
 
     def drop(self, job_id: str) -> None:

@@ -35,6 +35,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 64  #: generate at most this many
+    n: int = 1  #: choices: answers to one prompt, each drawn by its own randomness
     temperature: float = 0.0  #: 0 takes the likeliest token
     top_p: float = 1.0  #: keep the likeliest tokens whose probabilities reach this sum
     top_k: int = 0  #: keep this many likeliest tokens; 0 keeps all

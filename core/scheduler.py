@@ -41,17 +41,33 @@ class Step:
     def tokens(self) -> int:
         return sum(piece.tokens for piece in self.slices)
 
+    def halves(self) -> tuple[Step, Step]:
+        """The same tokens as two steps, to be computed one after the other."""
+        first, second, left = [], [], self.tokens // 2
+        for piece in self.slices:
+            cut = piece.begin + min(piece.tokens, left)
+            left -= cut - piece.begin
+            if cut > piece.begin:
+                first.append(Slice(piece.sequence, piece.begin, cut))
+            if cut < piece.end:
+                second.append(Slice(piece.sequence, cut, piece.end))
+        return Step(tuple(first)), Step(tuple(second))
+
+    def still_running(self) -> Step:
+        """Without the slices of sequences that were removed since it was planned."""
+        return Step(tuple(piece for piece in self.slices if piece.sequence.run is not None))
+
 
 class Scheduler:
     """Who is computed next.
 
-    Invariant: a sequence runs exactly while it has a run of cache slots; both are given and taken together.
+    Invariant: a sequence runs exactly while it has a run of cache slots; both are given and taken together. The choices
+    of a job are sequences like any other: they need not run at once.
     """
 
-    def __init__(self, pool: BlockPool, *, max_running: int, step_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, *, max_running: int) -> None:
         self._pool = pool
         self._max_running = max_running
-        self._step_tokens = step_tokens
         self.waiting: deque[Sequence] = deque()  #: in the order of arrival, without cache slots
         self.running: list[Sequence] = []  #: in the order of admission
 
@@ -75,23 +91,26 @@ class Scheduler:
             sequence.run = run
             self.running.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence and free its slots; what waited for them may run."""
-        if sequence.run is None:
-            self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            self._pool.free(sequence.run)
-            sequence.run = None
+    def remove(self, *sequences: Sequence) -> None:
+        """Forget sequences and free their slots; what waited for them may run."""
+        for sequence in sequences:
+            if sequence.run is None:
+                self.waiting.remove(sequence)
+            else:
+                self.running.remove(sequence)
+                self._pool.free(sequence.run)
+                sequence.run = None
         self.admit()
 
-    def plan(self) -> Step:
+    def plan(self, budget: int) -> Step:
         """Choose the next step: one token of every sequence that decodes, then slices of prompts in order of admission.
 
         A sequence that decodes waits only when more of them run than the budget has tokens; those admitted first go
         first.
+
+        Args:
+            budget: tokens of the step, at most.
         """
-        budget = self._step_tokens
         slices = []
         for sequence in sorted(self.running, key=lambda running: running.pending > 1):  # stable: keeps the order
             tokens = min(budget, sequence.pending)

@@ -1,4 +1,4 @@
-"""One job while it is computed: tokens, and how far the model has got through them. Knows no tensor."""
+"""One choice of a job while it is computed: tokens, and how far the model has got. Knows no tensor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from core.answer import Answer
 from core.blocks import Run
-from core.request import Choice, Kind, Request, Result, TokenLogprob, Usage
+from core.request import Choice, Emitted, FinishReason, Kind, Request, TokenLogprob
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +25,7 @@ class Sequence:
     most_tokens: int  #: prompt and answer together never grow past this
     seed: int
     answer: Answer  #: the text so far, and when it ends
+    index: int = 0  #: which of its job's choices it is
     logprobs: list[TokenLogprob] = field(default_factory=list)  #: of the drawn tokens, where the request wants them
     predicted: list[int] = field(default_factory=list)  #: PREDICT: the likeliest next id of each computed position
     computed: int = 0  #: leading tokens whose keys and values are in the cache
@@ -57,23 +58,30 @@ class Sequence:
             self.logprobs.append(logprob)
         return self.answer.push(token_id, last=len(self.tokens) >= self.most_tokens)
 
+    def resume(self, emitted: Emitted) -> None:
+        """Go to where an earlier attempt left it: that text was published already."""
+        for number, token_id in enumerate(emitted.token_ids):
+            if not self.ended:
+                self.accept(token_id, emitted.logprobs[number] if emitted.logprobs else None)
+
     def accept_predicted(self, token_ids: Many[int]) -> None:
         """Note the likeliest ids of the positions just computed."""
         self.predicted += token_ids
         if len(self.predicted) == self.prompt_tokens:
             self.answer.finish_reason = "stop"
 
-    def result(self) -> Result:
+    def end(self, reason: FinishReason) -> None:
+        """End here, unless it has ended: what is held back was never certain, nor shown."""
+        if not self.ended:
+            self.answer.finish_reason = reason
+
+    def choice(self) -> Choice:
         """What is stored at the end; the sequence has ended."""
-        drawn = self.drawn
-        usage = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=len(drawn))
-        if self.predicts:
-            return Result(usage=usage, token_ids=tuple(self.predicted))
         assert self.answer.finish_reason is not None
-        choice = Choice(
+        return Choice(
+            index=self.index,
             text=self.answer.text,
             finish_reason=self.answer.finish_reason,
-            token_ids=tuple(drawn),
+            token_ids=tuple(self.drawn),
             logprobs=None if self.request.params.logprobs is None else tuple(self.logprobs),
         )
-        return Result(usage=usage, choices=(choice,))

@@ -56,6 +56,11 @@ class Job:
         return str(self.choices[0]["text"]) if self.choices else ""
 
     @property
+    def texts(self) -> list[str]:
+        """Of all choices, in their order; empty until there is a result."""
+        return [str(choice["text"]) for choice in self.choices]
+
+    @property
     def token_ids(self) -> list[int]:
         """Of the first choice, or of a ``predict`` job."""
         if self.choices:
@@ -64,7 +69,7 @@ class Job:
 
     @property
     def finish_reason(self) -> str | None:
-        """``stop``, ``length``, ``cancelled`` or ``deadline``; None until there is a result."""
+        """Of the first choice: ``stop``, ``length``, ``cancelled`` or ``deadline``; None until there is a result."""
         return str(self.choices[0]["finish_reason"]) if self.choices else None
 
     @property
@@ -94,8 +99,13 @@ class Event:
     fields: Mapping[str, Any]
 
     @property
+    def index(self) -> int:
+        """The choice that a ``token`` event adds to."""
+        return int(self.fields.get("index") or 0)
+
+    @property
     def text(self) -> str:
-        """What a ``token`` event adds to the answer."""
+        """What a ``token`` event adds to its choice."""
         return str(self.fields.get("text") or "") if self.type == "token" else ""
 
     @property

@@ -87,6 +87,23 @@ def jobs(*, status: str | None, kind: str | None, after: str | None, limit: int)
     return Call(method="GET", path="/v1/jobs", read=_page, query={k: v for k, v in asked.items() if v is not None})
 
 
+def dead_letters(*, after: str | None, limit: int) -> Call[JobPage]:
+    """A page of dead letters, the last to die first."""
+    query = {"limit": str(limit), **({"after": after} if after else {})}
+    return Call(method="GET", path="/v1/dead-letters", read=_page, query=query)
+
+
+def retry_dead_letters(ids: Sequence[str] | None) -> Call[dict[str, Any]]:
+    """Queue these, or all of them, again: ``ids``, those ``skipped``, and whether it ``has_more``."""
+    body = None if ids is None else {"ids": list(ids)}
+    return Call(method="POST", path="/v1/dead-letters/retry", read=dict, body=body)
+
+
+def purge_dead_letters() -> Call[dict[str, Any]]:
+    """Forget all of them: how many were ``deleted``, and whether it ``has_more``."""
+    return Call(method="DELETE", path="/v1/dead-letters", read=dict)
+
+
 def models() -> Call[list[dict[str, Any]]]:
     return Call(method="GET", path="/v1/models", read=_entries)
 

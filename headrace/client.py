@@ -53,7 +53,7 @@ class Client:
             asked: a prompt, messages, or a whole body ``{"kind", "input", "params", "metadata", …}``.
             job_id: your own id; submitting twice with one id makes one job.
             wait: seconds to wait for its end before it is returned as it is then.
-            params: sampling parameters: ``max_tokens``, ``temperature``, ``seed``, ``stop`` …
+            params: sampling parameters: ``max_tokens``, ``n``, ``temperature``, ``seed``, ``stop`` …
         """
         return self._send(calls.submit(job_id or calls.new_job_id(), calls.body_of(asked, **params), wait))
 
@@ -107,14 +107,14 @@ class Client:
                     return  # ended by somebody else's hand, without a last event
                 self._pause(tries.pause_after_break(), None)
 
-    def stream(self, job_id: str) -> Iterator[str]:
-        """The answer's text, piece by piece.
+    def stream(self, job_id: str, index: int = 0) -> Iterator[str]:
+        """The text of one choice, piece by piece, until the whole job has ended.
 
         Raises:
             JobFailed: it ended without a result.
         """
         for event in self.events(job_id):
-            if event.text:
+            if event.text and event.index == index:
                 yield event.text
             if event.job is not None and not event.job.succeeded:
                 raise JobFailed(event.job)
@@ -136,6 +136,18 @@ class Client:
     ) -> JobPage:
         """A page of jobs, newest first."""
         return self._send(calls.jobs(status=status, kind=kind, after=after, limit=limit))
+
+    def dead_letters(self, *, after: str | None = None, limit: int = 20) -> JobPage:
+        """A page of the jobs that were running each time their worker died, the last to die first."""
+        return self._send(calls.dead_letters(after=after, limit=limit))
+
+    def retry_dead_letters(self, ids: Sequence[str] | None = None) -> Mapping[str, Any]:
+        """Queue these dead letters, or all, again; which were, which ``skipped``, and whether it ``has_more``."""
+        return self._send(calls.retry_dead_letters(ids))
+
+    def purge_dead_letters(self) -> Mapping[str, Any]:
+        """Forget all dead letters; how many were ``deleted``, and whether it ``has_more``."""
+        return self._send(calls.purge_dead_letters())
 
     def models(self) -> Sequence[Mapping[str, Any]]:
         """What is served."""

@@ -38,6 +38,7 @@ appendonly yes
 appendfsync always
 aof-use-rdb-preamble yes
 stream-node-max-bytes 256
+hash-max-listpack-value 4096
 maxmemory-policy noeviction
 """
 

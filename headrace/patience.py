@@ -30,6 +30,8 @@ class Tries:
 
     def pause_after(self, response: httpx2.Response) -> float | None:
         """Seconds until the next try; None: the answer stands."""
+        if response.headers.get("x-should-retry") == "false":
+            return None  # a repeat would ask for something else: the server knows
         return self.pause_after_status(response.status_code, response.headers.get("retry-after"))
 
     def pause_after_status(self, status: int, retry_after: str | None) -> float | None:

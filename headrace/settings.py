@@ -86,10 +86,12 @@ class Settings:
     device: str = _setting("auto", "where it computes", choices=("auto", "cpu", "cuda"))
     engine: str = _setting("torch", "instant needs no model: for load and crash tests", choices=("torch", "instant"))
     data_dir: str = _setting("~/.local/share/headrace", "folder of the embedded Valkey: the queue lives here")
-    durability: str = _setting("fsync", "memory answers 202 before the disk has the job", choices=("fsync", "memory"))
+    durability: str = _setting(
+        "fsync", "a 202 means: on a replica's disk too, on disk, or in memory", choices=("replica", "fsync", "memory")
+    )
     kv_memory: str = _setting("auto", "memory for keys and values per worker: auto, or a size such as 2GiB", **_SIZE)
     max_model_len: int = _setting(0, "longest prompt and answer in tokens; 0 takes the model's own", 0, 10_000_000)
-    max_running: int = _setting(32, "jobs in one engine at once", 1, 65_536)
+    max_running: int = _setting(32, "sequences in one engine at once: one for each choice of a job", 1, 65_536)
     step_tokens: int = _setting(256, "tokens computed in one step", 1, 1_048_576)
     threads: int = _setting(0, "threads per worker; 0 divides the cores among the workers", 0, 4_096)
     worker_index: int = _setting(0, "takes card index modulo cards", 0, 65_535)
@@ -98,6 +100,10 @@ class Settings:
     grace_seconds: float = _setting(8.0, "how long a reaped job waits for a late result", 0, 3_600)
     tick_seconds: float = _setting(2.0, "time between two looks for lost jobs", 0.05, 600)
     drain_seconds: float = _setting(25.0, "time to finish running jobs when told to stop", 0, 86_400)
+    resume_wait_seconds: float = _setting(
+        3_600.0, "how long a begun answer waits for an engine of the kind that began it", 0, 2_592_000
+    )
+    stall_seconds: int = _setting(30, "a worker whose loop hangs for so long is killed; 0: never", 0, 86_400)
     max_queued: int = _setting(2_000_000, "a longer queue answers 429", 1, 1_000_000_000)
     max_body_bytes: int = _setting(8_388_608, "largest request body", 1_024, 1_073_741_824)
     max_wait_seconds: float = _setting(60.0, "longest a request may wait for its job", 0, 3_600)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection
-from typing import Any, TypeAlias
+import functools
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import redis
 import redis.asyncio
 
 from core.card import ModelCard
+from core.errors import StoreUnavailable
 from core.request import Kind
 from jobs import commands
 from jobs.connection import connect_async, explain, judge
-from jobs.durable import WAIT_FOR_DISK, check_on_disk
+from jobs.dead_letters import DeadLetters
+from jobs.durable import WAITS, check_on_disk
 from jobs.job import FINAL, Job, JobState, NewJob
 from jobs.lane import Lane
+from jobs.memory import MEMORY_SECONDS, MemoryReport, read_memory
+from jobs.pulse import Pulse
+from jobs.remembered import Remembered
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.runner import AsyncRunner
@@ -27,22 +34,34 @@ Jobs: TypeAlias = list[Job]
 Events: TypeAlias = list[LoggedEvent]
 Workers: TypeAlias = list[WorkerCard]
 Models: TypeAlias = list[ModelCard]
+T = TypeVar("T")
+P = ParamSpec("P")
 
+PATIENCE_SECONDS = 5.0  #: a stream outlasts a server that is away for so long
+PAUSE_SECONDS = 0.1  #: between two tries of it
 LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have ended it without an event
 
 
 class AsyncStore:
-    """The operations the API needs, as ``Store`` has them. Each may raise StoreUnavailable."""
+    """The operations the API needs, as ``Store`` has them.
+
+    Each may raise StoreUnavailable: at once while the server does not answer (``jobs.pulse``), and within a second of
+    when it stopped to.
+    """
 
     def __init__(self, settings: StoreSettings) -> None:
         """Take ``settings.redis_url``; nothing is sent yet."""
         url, keep = settings.redis_url, settings.result_ttl_seconds
         self._settings = settings
-        self._runner = AsyncRunner(connect_async(url), keep)
-        self._submitting = AsyncRunner(connect_async(url), keep)  # its own: WAITAOF waits for this connection's writes
-        safe = settings.durability == "fsync"
-        self._submits = Lane(self._submitting, WAIT_FOR_DISK, check_on_disk) if safe else Lane(self._submitting)
+        self._pulse = Pulse(connect_async(url))
+        self._runner = AsyncRunner(connect_async(url), keep, self._pulse)
+        # Its own: WAITAOF waits for this connection's writes.
+        self._submitting = AsyncRunner(connect_async(url), keep, self._pulse)
+        wait = WAITS[settings.durability]
+        self._submits = Lane(self._submitting, wait, functools.partial(check_on_disk, wait) if wait else None)
         self._reads = Lane(self._runner)
+        self._memory = Remembered(self._look_at_memory, MEMORY_SECONDS, time.monotonic)
+        self.dead = DeadLetters(self._runner)
         self._watcher = Watcher(connect_async(url, blocking=True), self._runner.client)
 
     @classmethod
@@ -56,22 +75,33 @@ class AsyncStore:
         await self._reads.close()
         await self._submitting.client.aclose()
         await self._runner.client.aclose()
+        await self._pulse.close()
+
+    def check(self) -> None:
+        """Raise StoreUnavailable while the server does not answer; asks nobody."""
+        self._pulse.check()
 
     async def inspect(self) -> ServerReport:
         """Look at the server. Raises UnsafeServer: it cannot keep ``settings.durability``."""
         try:
-            info: dict[str, Any] = await self._runner.client.info()
-            return judge(info, await self._fsync(), self._settings)
+            async with self._pulse.beating():
+                info: dict[str, Any] = await self._runner.client.info()
+                return judge(info, await self._fsync(), self._settings)
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
 
     async def submit(self, job: NewJob) -> Submitted:
-        """Create a job, or find the one that has its id; with durability "fsync" it is on disk then.
+        """Create a job, or find the one that has its id; with any durability but "memory" it is on disk then.
 
         Raises:
-            QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
+            QueueFull, StoreFull, DeadlineUnreachable; NotDurable: it is there, but the disk has not confirmed it: a
+                repeat with the same id is safe.
         """
-        return await self._submits.run(commands.submit(job, self._settings))
+        return await self._submits.run(commands.submit(job, self._settings, await self.memory()))
+
+    async def memory(self) -> MemoryReport:
+        """The server's memory, as it was at most a second ago."""
+        return await self._memory.get()
 
     async def get(self, job_id: str) -> Job:
         """Raises JobNotFound."""
@@ -138,10 +168,12 @@ class AsyncStore:
             JobNotFound: unknown, or forgotten meanwhile.
         """
         with self._watcher.follow(job_id, after) as inbox:
-            row = await self._row(job_id)
-            last = after
-            events = await self.events(job_id, last)
+            row = await _outlast(self._row, job_id)
+            last, shown = after, False
+            events = await _outlast(self.events, job_id, last)
             while True:
+                if not shown and any(event.type == "token" for event in events):
+                    events, shown = await _outlast(self._show, job_id, last), True
                 if events:
                     last = events[-1].number
                     yield events
@@ -149,10 +181,10 @@ class AsyncStore:
                         return
                 if row.job.state in FINAL and last + 1 >= row.events:
                     return
-                events = await self._next(inbox, job_id, last)
+                events = await _outlast(self._next, inbox, job_id, last)
                 if not events:
-                    row = await self._row(job_id)
-                    events = await self.events(job_id, last)
+                    row = await _outlast(self._row, job_id)
+                    events = await _outlast(self.events, job_id, last)
 
     async def wait(self, job_id: str, timeout_seconds: float) -> Job:
         """The job, once it has ended or the time is over. Raises JobNotFound."""
@@ -168,12 +200,23 @@ class AsyncStore:
                     return row.job
                 await _until_finished(inbox, min(left, LOOK_SECONDS))
 
+    async def _look_at_memory(self) -> MemoryReport:
+        try:
+            async with self._pulse.beating():
+                return read_memory(await self._runner.client.info("memory"))
+        except (redis.RedisError, OSError) as error:
+            raise explain(error) from error
+
     async def _row(self, job_id: str) -> Row:
         row = await self._reads.run(commands.get(job_id))
         if row.stale:
             await self._runner.run(commands.reindex([job_id]))
             row = await self._reads.run(commands.get(job_id))
         return row
+
+    async def _show(self, job_id: str, after: int) -> Events:
+        """The log behind event ``after`` for a reader outside: from now on the answer is not started over."""
+        return await self._reads.run(commands.show(job_id, after))
 
     async def _next(self, inbox: Inbox, job_id: str, last: int) -> Events:
         """The events behind ``last`` that come within LOOK_SECONDS."""
@@ -194,6 +237,19 @@ class AsyncStore:
         except redis.exceptions.NoPermissionError:
             return "unknown"
         return str(found.get("appendfsync", "unknown"))
+
+
+async def _outlast(read: Callable[P, Awaitable[T]], *args: P.args, **more: P.kwargs) -> T:
+    """Read again while the server is away for a moment: a restart of it ends no stream."""
+    clock = asyncio.get_running_loop().time
+    until = clock() + PATIENCE_SECONDS
+    while True:
+        try:
+            return await read(*args, **more)
+        except StoreUnavailable:
+            if clock() > until:
+                raise
+            await asyncio.sleep(PAUSE_SECONDS)
 
 
 async def _until_finished(inbox: Inbox, seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import itertools
 import json
@@ -11,10 +10,11 @@ from typing import Any
 
 from core.bounds import Wire
 from core.card import ModelCard
-from core.errors import JobConflict, JobNotFound, QueueFull
+from core.errors import DeadlineUnreachable, JobConflict, JobNotFound, QueueFull, StoreFull
 from core.request import Kind
-from jobs import rows
-from jobs.job import LABELS, QUEUE, Job, JobState, NewJob
+from jobs import logs, rows
+from jobs.job import LABELS, QUEUE, Job, JobState, NewJob, Resume
+from jobs.memory import MemoryReport
 from jobs.reports import LoggedEvent, QueueReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.scripting import Command, pack_exc
@@ -22,28 +22,37 @@ from jobs.settings import StoreSettings
 from jobs.work import Beat, Publication, ReapReport, Settlement
 
 REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, TOO_EARLY = 0, 1, 2, 3, 4, -1
+FULL_QUEUE, FULL_STORE, LATE = -1, -2, -3  #: why a submission was refused
 LOOKS = 512  #: ids one claim may look at
+LONGEST_HOW = 120  #: characters of how a worker died
 SWEEP = 500  #: jobs one call of expire, promote or reap may move
 
 
-def submit(job: NewJob, settings: StoreSettings) -> Command[Submitted]:
-    """Create a job; its decoding raises QueueFull."""
+def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Command[Submitted]:
+    """Create a job; its decoding raises QueueFull, StoreFull, DeadlineUnreachable, which no known id meets."""
     kind, model = job.request.kind, job.request.model or ""
     deadline = "" if job.deadline_seconds is None else round(job.deadline_seconds * 1000)
     fields: list[Any] = ["origin", QUEUE, "description", LABELS[kind], "timeout", -1]
     fields += ["result_ttl", job.result_ttl_seconds, "failure_ttl", job.result_ttl_seconds]
+    if job.resume is not Resume.RESTART:
+        fields += ["resume", job.resume.value]
+    bounds: list[Any] = [settings.max_queued, int(memory.full), int(job.refuse_if_late)]
     if job.metadata:
         fields += ["metadata", json.dumps(dict(job.metadata))]
 
     def decode(answer: Any) -> Submitted:
         code, found, *rest = answer
-        if code < 0:
+        if code == FULL_QUEUE:
             raise QueueFull(found, settings.max_queued, rest[0])
+        if code == FULL_STORE:
+            raise StoreFull(memory.used_bytes, memory.limit_bytes)
+        if code == LATE:
+            raise DeadlineUnreachable(found, job.deadline_seconds or 0)
         request = job.request if code else rows.read_asked(rest[0])
         return Submitted(job=_job(found, job.id, request=request), created=code == 1)
 
     data = rows.pack_request(job.request)
-    return Command("submit", [job.id, kind.value, model, deadline, settings.max_queued, data, *fields], decode)
+    return Command("submit", [job.id, kind.value, model, deadline, *bounds, data, *fields], decode)
 
 
 def get(job_id: str) -> Command[Row]:
@@ -91,7 +100,12 @@ def delete(job_id: str) -> Command[None]:
 
 def events(job_id: str, after: int) -> Command[list[LoggedEvent]]:
     """Read the log from event ``after + 1`` on."""
-    return Command("log", [job_id, after + 1], lambda answer: [rows.read_entry(entry) for entry in answer])
+    return Command("log", [job_id, after + 1], lambda answer: logs.read_log(answer, after + 1))
+
+
+def show(job_id: str, after: int) -> Command[list[LoggedEvent]]:
+    """The same for a reader outside: from now on the answer is not started over."""
+    return Command("show", [job_id, after + 1], lambda answer: logs.read_log(answer, after + 1))
 
 
 def workers() -> Command[list[WorkerCard]]:
@@ -104,8 +118,9 @@ def known_models() -> Command[list[ModelCard]]:
 
 def queue() -> Command[QueueReport]:
     def decode(answer: Any) -> QueueReport:
-        states = dict(zip(JobState, answer[2:], strict=True))
-        return QueueReport(states=states, completions_per_second=float(answer[0]), suspects=answer[1])
+        rate, suspects, dead, *counts = answer
+        states = dict(zip(JobState, counts, strict=True))
+        return QueueReport(states=states, completions_per_second=float(rate), suspects=suspects, dead_letters=dead)
 
     return Command("queue", [], decode)
 
@@ -137,9 +152,10 @@ def death(worker: str) -> Command[int]:
     return Command("death", [worker], int)
 
 
-def claim(worker: str, card: ModelCard, room: int, running: int) -> Command[list[Any]]:
+def claim(worker: str, card: ModelCard, room: int, running: int, settings: StoreSettings) -> Command[list[Any]]:
     """Take jobs; the raw answer, because what stock RQ put in has to be read and adopted first."""
-    return Command("claim", [worker, room, running, card.name, rows.pack_engine(card), LOOKS], list)
+    engine = [card.name, logs.pack_engine(card), LOOKS, card.identity, _ms(settings.resume_wait_seconds)]
+    return Command("claim", [worker, room, running, *engine], list)
 
 
 def adopt(job_id: str, attempt: int, kind: Kind, model: str, created: int, *, route: bool) -> Command[int]:
@@ -147,7 +163,7 @@ def adopt(job_id: str, attempt: int, kind: Kind, model: str, created: int, *, ro
 
 
 def publish(publication: Publication) -> Command[int]:
-    packed = itertools.chain.from_iterable(map(rows.pack_event, publication.events))
+    packed = itertools.chain.from_iterable(map(logs.pack_event, publication.events))
     return Command("publish", [publication.job_id, publication.attempt, publication.first, *packed], int)
 
 
@@ -157,34 +173,39 @@ def settle(settlement: Settlement, events_before: int) -> Command[int]:
     Args:
         events_before: how many events the log must hold by then; 0 when this report publishes none.
     """
-    value = error = exc = ""
+    value, error, exc, text_bytes = b"", "", "", 0
     if settlement.result is not None:
-        value = base64.b64encode(json.dumps(settlement.result.to_wire()).encode()).decode()
+        value = rows.pack_result(settlement.result)
+        text_bytes = sum(len(choice.text.encode()) for choice in settlement.result.choices)
     if settlement.error is not None:
         error = rows.pack_error(settlement.error)
         exc = pack_exc(settlement.traceback or f"{type(settlement.error).__name__}: {settlement.error}")
     args = [settlement.job_id, settlement.attempt, settlement.outcome.value, events_before]
-    return Command("settle", [*args, int(settlement.permanent), value, error, exc], int)
+    return Command("settle", [*args, int(settlement.permanent), value, error, exc, text_bytes], int)
 
 
 def release(job_id: str, attempt: int) -> Command[int]:
     return Command("release", [job_id, attempt], int)
 
 
-def reap(settings: StoreSettings, buried: str = "") -> Command[tuple[ReapReport, bool]]:
-    """Take jobs from dead workers; also whether there is more to do."""
+def reap(settings: StoreSettings, buried: str = "", how: str = "") -> Command[tuple[ReapReport, bool]]:
+    """Take jobs from dead workers; also whether there is more to do.
+
+    Args:
+        buried: a worker that was seen to die, and how.
+    """
 
     def decode(answer: Any) -> tuple[ReapReport, bool]:
         requeued, ended, dead, gone, more = answer
         names, ids = tuple(name.decode() for name in gone), tuple(job_id.decode() for job_id in dead)
         return ReapReport(requeued=requeued, ended=ended, dead=ids, workers=names), bool(more)
 
-    return Command("reap", [_ms(settings.grace_seconds), SWEEP, buried], decode)
+    return Command("reap", [_ms(settings.grace_seconds), SWEEP, buried, how[:LONGEST_HOW]], decode)
 
 
 def expire() -> Command[tuple[int, bool]]:
-    """End and forget; how many, and whether there is more to do."""
-    return Command("expire", [SWEEP], lambda answer: (answer[0] + answer[1], bool(answer[2])))
+    """End, forget and pack; how many ended or were forgotten, and whether there is more to do."""
+    return Command("expire", [SWEEP], lambda answer: (answer[0], bool(answer[1])))
 
 
 def promote() -> Command[tuple[int, bool]]:

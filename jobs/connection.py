@@ -84,6 +84,7 @@ def judge(info: Mapping[str, Any], fsync: str, settings: StoreSettings) -> Serve
 
     Raises:
         UnsafeServer: naming the setting.
+        StoreUnavailable: a replica is wanted and none is there now.
     """
     version = str(info.get("redis_version", "0"))
     policy = str(info.get("maxmemory_policy", "unknown")) if int(info.get("maxmemory", 0)) else "none"
@@ -95,8 +96,10 @@ def judge(info: Mapping[str, Any], fsync: str, settings: StoreSettings) -> Serve
         eviction=policy,
         durability=settings.durability,
     )
-    if settings.durability == "fsync":
+    if settings.durability != "memory":
         _refuse_unsafe(report, version)
+    if settings.durability == "replica" and not int(info.get("connected_slaves", 0)):
+        raise StoreUnavailable('no replica is connected, and durability = "replica" needs one')
     return report
 
 

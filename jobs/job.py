@@ -54,6 +54,14 @@ LABELS: Mapping[Kind, str] = {kind: label for label, kind in FUNCTIONS.items()}
 QUEUE = "generate"  #: the RQ queue
 
 
+class Resume(enum.StrEnum):
+    """What becomes of a begun answer when only an engine is there that computes otherwise. Values are in Redis."""
+
+    WAIT = "wait"  #: for an engine of the kind that began it
+    RESTART = "restart"  #: from the beginning if nobody has read of it; else as WAIT
+    ANY = "any"  #: any engine goes on
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewJob:
     """A job as it is submitted."""
@@ -61,6 +69,8 @@ class NewJob:
     id: str
     request: Request
     deadline_seconds: float | None = None  #: after submission; then it ends as EXPIRED, with what it has
+    resume: Resume = Resume.RESTART
+    refuse_if_late: bool = False  #: not taken at all where the queue is too long for the deadline
     result_ttl_seconds: int = 86_400  #: how long result, error and events are kept after the end
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -82,9 +92,12 @@ class Job:
     deadline_at: float | None = None
     attempt: int = 0  #: raised by each claim, lowered by nothing: the fence
     crashes: int = 0
+    deaths: tuple[Wire, ...] = ()  #: how the workers that ran it died, the last five; gone once it succeeds
     worker: str | None = None
     tokens_generated: int = 0
     cancel_requested: bool = False
+    resume: Resume = Resume.RESTART
+    waiting_for: str | None = None  #: identity of the engine that alone may go on with the answer
     queue_position: int | None = None  #: an estimate, from two counters; None when unknown or not queued
     result: Wire | None = None
     error: Wire | None = None
@@ -112,6 +125,9 @@ class Job:
             "error": self.error,
             "reason": self.reason,
             "worker": self.worker,
+            "resume": self.resume.value,
+            "waiting_for": self.waiting_for,
+            "deaths": [dict(death) for death in self.deaths],
             "cached": False,
             "timings": self._timings(),
             "metadata": dict(self.metadata),

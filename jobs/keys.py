@@ -33,7 +33,12 @@ RQ_WORKERS = "rq:workers"  #: set of RQ_WORKER keys
 QUEUE_WORKERS = f"rq:workers:{QUEUE}"
 
 # -- ours
-EVENTS = "headrace:events:"  #: + id: stream; event n is entry <n+1>-0
+LIKE = (
+    f"rq:queue:{QUEUE}.like."  #: + identity: list of ids whose answer such an engine began, and no other goes on with
+)
+EVENTS = "headrace:events:"  #: + id: stream; event n is entry <n+1>-0; of an ended job they are in its hash, packed
+UNPACKED = "headrace:unpacked"  #: set of ended ids whose long logs are not packed to the end yet
+WAITS = "headrace:waits"  #: zset of ids in a LIKE list by the time they fail (milliseconds)
 INDEX = "headrace:index:"  #: + kind:state: zset of ids by creation (microseconds); a job is in exactly one
 LEASES = "headrace:leases"  #: zset of workers by the end of their lease (milliseconds); 0: seen dead
 MARKS = "headrace:marks"  #: zset of workers by the time their lease was first found over
@@ -42,6 +47,7 @@ CARD = "headrace:worker:"  #: + worker: hash, what /v1/workers shows
 MODELS = "headrace:models"  #: hash name -> card, of every model ever served
 DEADLINES = "headrace:deadlines"  #: zset of queued ids by deadline (milliseconds)
 RETENTION = "headrace:retention"  #: zset of ended ids by the time they are forgotten (milliseconds)
+DEAD = "headrace:dead"  #: zset of dead letters' ids by the time they died (milliseconds)
 WAKE = f"headrace:wake:{QUEUE}"  #: list, a token for each job that became ready; + .model: the same for one model
 TICKETS = "headrace:tickets"  #: how many jobs ever joined the queue
 PASSED = "headrace:passed"  #: how many of those have left it, about: ticket - passed is a position

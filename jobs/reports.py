@@ -50,6 +50,7 @@ class QueueReport:
     states: Mapping[JobState, int]  #: remembered jobs, by state
     completions_per_second: float  #: over the last minute
     suspects: int  #: jobs that wait to run alone after two crashes
+    dead_letters: int  #: failed jobs that were running each time their worker died
 
     @property
     def queued(self) -> int:
@@ -69,4 +70,4 @@ class ServerReport:
     append_only: bool
     fsync: str  #: "always", "everysec", "no", or "unknown" where CONFIG is denied
     eviction: str  #: the policy, or "none" without a memory limit
-    durability: str  #: what a 202 means here: "fsync" or "memory"
+    durability: str  #: what a 202 means here: "replica", "fsync" or "memory"

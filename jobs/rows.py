@@ -13,9 +13,10 @@ from typing import Any
 from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import HeadraceError, InvalidField, UnsupportedRequest
-from core.request import Kind, Request, TokenEvent, TokenLogprob
-from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState
-from jobs.reports import LoggedEvent, WorkerCard
+from core.request import Kind, Request, Result
+from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState, Resume
+from jobs.logs import complete, dump, read_log
+from jobs.reports import WorkerCard
 from jobs.scripting import SEEN
 
 STATES: Mapping[str, JobState] = {
@@ -26,6 +27,9 @@ STATES: Mapping[str, JobState] = {
     "stopped": JobState.CANCELLED,
 }  #: RQ's status -> ours; what is not here waits: queued, scheduled, deferred, rate_limited …
 EXPIRED_REASON = "deadline"
+
+#: What is known of a worker's death: ``at`` in Unix seconds, ``tokens`` published by then, jobs beside this one.
+DEATH = ("attempt", "worker", "host", "how", "at", "tokens", "neighbours")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +42,17 @@ class Row:
 
 
 def read_row(row: Sequence[Any] | None) -> Row | None:
-    """Decode what ``common.lua``'s ``read`` answers; None for an unknown id."""
+    """Decode what ``lib/base.lua``'s ``read`` answers; None for an unknown id."""
     if row is None:
         return None
     raw = dict(zip(SEEN, row, strict=False))
-    result, passed, job_id = row[len(SEEN) :]
+    stored, unpacked, passed, job_id = row[len(SEEN) :]
     reason = _text(raw["reason"])
     state = STATES.get(_text(raw["status"]) or "", JobState.QUEUED)
     if state is JobState.FAILED and reason == EXPIRED_REASON:
         state = JobState.EXPIRED
     over = state in FINAL
-    entry = _pairs(result)
+    entry = _pairs(stored)
     job = Job(
         id=job_id.decode(),
         state=state,
@@ -62,11 +66,14 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
         deadline_at=_seconds(raw["deadline_at"]),
         attempt=int(raw["attempt"] or 0),
         crashes=int(raw["crashes"] or 0),
+        deaths=tuple({name: death.get(name) for name in DEATH} for death in json.loads(raw["deaths"] or b"[]")),
         worker=_text(raw["worker_name"]) or None,
         tokens_generated=int(raw["tokens"] or 0),
         cancel_requested=raw["cancel_requested"] is not None,
+        resume=Resume(_text(raw["resume"]) or Resume.RESTART),
+        waiting_for=_text(raw["waiting_for"]),
         queue_position=_position(raw["ticket"], passed) if state is JobState.QUEUED else None,
-        result=_read_result(entry) if over else None,
+        result=_read_result(entry, raw["log"], unpacked) if over else None,
         error=_read_error(raw["error"], entry) if state is JobState.FAILED else None,
         reason=reason if over else None,
         metadata=json.loads(raw["metadata"] or b"{}"),
@@ -117,51 +124,10 @@ def refuse_extras(callbacks: Sequence[bytes | None], repeats: bytes | None, webh
         raise UnsupportedRequest("webhooks", "are not sent from here")
 
 
-def pack_event(event: TokenEvent) -> list[str]:
-    """Text, ids, index and logprobs, as ``publish.lua`` takes them."""
-    ids = " ".join(map(str, event.token_ids))
-    logprobs = "" if event.logprobs is None else _dump([_pack_logprob(each) for each in event.logprobs])
-    return [event.text, ids, str(event.index), logprobs]
-
-
-def read_entry(entry: tuple[bytes, Sequence[bytes]]) -> LoggedEvent:
-    """One stream entry as a script answers it: id, fields and values in turn."""
-    return read_event(entry[0], _pairs(entry[1]))
-
-
-def read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> LoggedEvent:
-    """One stream entry."""
-    number = int(entry_id.split(b"-")[0]) - 1
-    if b"f" in fields:
-        return LoggedEvent(number=number, type="finished", fields={})
-    if b"a" in fields:
-        started = {"attempt": int(fields[b"a"]), "engine": json.loads(fields[b"e"])}
-        return LoggedEvent(number=number, type="started", fields=started)
-    token: Wire = {
-        "index": int(fields.get(b"x", 0)),
-        "text": fields[b"t"].decode(),
-        "token_ids": [int(token_id) for token_id in fields.get(b"i", b"").split()],
-    }
-    if b"l" in fields:
-        token["logprobs"] = [_read_logprob(each).to_wire() for each in json.loads(fields[b"l"])]
-    return LoggedEvent(number=number, type="token", fields=token)
-
-
-def pack_engine(card: ModelCard) -> str:
-    """What a log's ``started`` says of who computes."""
-    names = ("name", "engine", "version", "dtype", "weights")
-    return _dump({name: getattr(card, name) for name in names})
-
-
-def read_identity(engine: Wire) -> str:
-    """``ModelCard.identity`` of the engine that a ``started`` event names."""
-    return f"{engine['engine']}-{engine['version']}-{engine['dtype']}-{engine['weights'][:16]}"
-
-
 def pack_card(card: WorkerCard) -> str:
     """The part of a card that does not change."""
     model = card.model.to_wire() if card.model else None
-    return _dump({"host": card.host, "pid": card.pid, "boot_id": card.boot_id, "model": model})
+    return dump({"host": card.host, "pid": card.pid, "boot_id": card.boot_id, "model": model})
 
 
 def read_card(row: Sequence[Any]) -> WorkerCard:
@@ -186,12 +152,16 @@ def read_created(text: bytes | None) -> int:
     return round((_moment(text) or 0.0) * 1e6)
 
 
+def pack_result(result: Result) -> bytes:
+    """RQ's return value of a job: texts, why they end, and the counts; ids and log-probabilities are in the log."""
+    wire = result.to_wire()
+    for choice in wire.get("choices", ()):
+        del choice["token_ids"], choice["logprobs"]
+    return base64.b64encode(dump(wire).encode())
+
+
 def pack_error(error: HeadraceError) -> str:
-    return _dump(error.to_wire())
-
-
-def _dump(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return dump(error.to_wire())
 
 
 def _pairs(flat: Sequence[bytes] | None) -> dict[bytes, bytes]:
@@ -217,9 +187,11 @@ def _position(ticket: bytes | None, passed: bytes | None) -> int | None:
     return None if ticket is None else max(1, int(ticket) - int(passed or 0))
 
 
-def _read_result(entry: Mapping[bytes, bytes]) -> Any:
+def _read_result(entry: Mapping[bytes, bytes], packed: bytes | None, unpacked: Sequence[Any] | None) -> Any:
     value = entry.get(b"return_value")
-    return None if value is None else json.loads(base64.b64decode(value))
+    if value is None:
+        return None
+    return complete(json.loads(base64.b64decode(value)), read_log((packed, None, unpacked)))
 
 
 def _read_error(error: bytes | None, entry: Mapping[bytes, bytes]) -> Wire:
@@ -237,13 +209,3 @@ def _inflate(data: bytes) -> bytes:
         return zlib.decompress(data)
     except zlib.error:
         return data  # RQ reads uncompressed jobs, too
-
-
-def _pack_logprob(logprob: TokenLogprob) -> list[Any]:
-    top = [[token_id, round(value, 6)] for token_id, value in logprob.top]
-    return [logprob.token_id, round(logprob.logprob, 6), top]
-
-
-def _read_logprob(packed: Sequence[Any]) -> TokenLogprob:
-    token_id, logprob, top = packed
-    return TokenLogprob(token_id=token_id, logprob=logprob, top=tuple((one, value) for one, value in top))

@@ -1,4 +1,4 @@
-"""A script is its file behind what all share: the keys, the fields of a poll, ``common.lua``. Knows no connection."""
+"""A script is its file behind what all share: the keys, the fields of a poll, ``scripts/lib``. Knows no connection."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from jobs import keys
 
 T = TypeVar("T", covariant=True)
 FOLDER = Path(__file__).parent / "scripts"
-COMMON = "common.lua"
+SHARED = ("base", "log", "moves")  #: of ``scripts/lib``, in this order
 
 #: The fields of a job's hash that answer a poll, in this order; the status comes first.
 SEEN = (
     "status", "kind", "model", "attempt", "crashes", "created_at", "started_at", "ended_at", "first_token_at",
     "expires_at", "deadline_at", "worker_name", "tokens", "cancel_requested", "ticket", "error", "reason", "metadata",
-    "result_ttl", "events", "place", "closed",
+    "result_ttl", "events", "place", "closed", "waiting_for", "resume", "log", "deaths",
 )  # fmt: skip
 
 #: What RQ's pages show for ends that nobody computed.
 EXC = {
     "deadline": "the deadline passed before the job was done",
+    "engine": "EngineChanged: no worker of the kind that began the answer came back in time",
     "poison": "PoisonJob: the job was running each time its worker died",
 }
 
@@ -53,7 +54,7 @@ class Command(Generic[T]):
 def scripts() -> Mapping[str, Script]:
     """All scripts by name, in the order in which they are to be loaded: publishing must never be there later than
     settling, or a pipeline that meets a server without scripts could settle a job before its last words."""
-    names = sorted(path.stem for path in FOLDER.glob("*.lua") if path.name != COMMON)
+    names = sorted(path.stem for path in FOLDER.glob("*.lua"))
     return {name: _build(name) for name in names}
 
 
@@ -67,7 +68,8 @@ def _build(name: str) -> Script:
     exc = {key: pack_exc(text) for key, text in EXC.items()}
     seen = ",".join(f"'{field}'" for field in SEEN)
     prelude = f"local K={_table(keys.table())} local EXC={_table(exc)} local SEEN={{{seen}}}"
-    text = "\n".join((shebang, prelude, (FOLDER / COMMON).read_text(encoding="utf-8"), body))
+    shared = [(FOLDER / "lib" / f"{part}.lua").read_text(encoding="utf-8") for part in SHARED]
+    text = "\n".join((shebang, prelude, *shared, body))
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 

@@ -19,6 +19,16 @@ BORROWED: Mapping[str, str] = {"redis_url": "REDIS_URL", "hf_token": "HF_TOKEN"}
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
+DURABILITIES = ("replica", "fsync", "memory")  #: a 202 means on two disks, on one, or in memory
+LEAST: Mapping[str, float] = {
+    "lease_seconds": 0.05,
+    "grace_seconds": 0,
+    "max_queued": 1,
+    "resume_wait_seconds": 0,
+    "result_ttl_seconds": 1,
+}
+
+
 class SettingError(ValueError):
     """A variable holds what it cannot hold; the message names it."""
 
@@ -32,16 +42,17 @@ class StoreSettings:
     """
 
     redis_url: str = ""  #: redis://, rediss:// or unix://, with a password in it where one is needed
-    durability: str = "fsync"  #: "memory": a submission is answered before the disk has it
+    durability: str = "fsync"  #: what a submission's answer means: one of DURABILITIES
     lease_seconds: float = 10.0  #: a worker silent for so long is taken for dead
     grace_seconds: float = 8.0  #: … and its jobs go to others after so long again
     max_queued: int = 2_000_000
+    resume_wait_seconds: float = 3_600.0  #: for a worker that computes as the one did that began an answer
     result_ttl_seconds: int = 86_400  #: of jobs that stock RQ put in without saying
 
     def __post_init__(self) -> None:
-        if self.durability not in ("fsync", "memory"):
-            raise ValueError(f"durability: must be fsync or memory, not {self.durability!r}")
-        for name, low in (("lease_seconds", 0.05), ("grace_seconds", 0), ("max_queued", 1), ("result_ttl_seconds", 1)):
+        if self.durability not in DURABILITIES:
+            raise ValueError(f"durability: must be one of {', '.join(DURABILITIES)}, not {self.durability!r}")
+        for name, low in LEAST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: must be at least {low:g}, not {getattr(self, name)!r}")
 

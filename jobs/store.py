@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import redis
 
 from core.bounds import Wire
 from core.card import ModelCard
-from core.request import Emitted, Kind, TokenLogprob
-from jobs import commands, keys, rows
+from core.request import Emitted, Kind
+from jobs import commands, keys
 from jobs.arrivals import read_claim
-from jobs.connection import connect, explain, judge
+from jobs.connection import connect, explain, explained, judge
 from jobs.dependents import release_dependents
-from jobs.durable import WAIT_FOR_DISK, check_on_disk
+from jobs.durable import WAITS, check_on_disk
 from jobs.job import Job, JobState, NewJob
+from jobs.logs import read_emitted
+from jobs.memory import Lately, MemoryReport, read_memory
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.runner import Runner
 from jobs.scripting import Command
 from jobs.settings import StoreSettings
+from jobs.wake import Sleeper
 from jobs.work import Beat, Claim, ClaimedJob, Outcome, Publication, ReapReport, Reported, Settlement
 
 __all__ = [
@@ -37,7 +40,8 @@ class Store:
         """Take ``settings.redis_url``; nothing is sent yet."""
         self._settings = settings
         self._runner = Runner(connect(settings.redis_url), settings.result_ttl_seconds)
-        self._waiting = connect(settings.redis_url, blocking=True)
+        self._sleeper = Sleeper(settings.redis_url)
+        self._memory = Lately(self._look_at_memory)
         self._card: WorkerCard | None = None
 
     @classmethod
@@ -51,7 +55,7 @@ class Store:
 
     def close(self) -> None:
         self._runner.client.close()
-        self._waiting.close()
+        self._sleeper.close()
 
     def inspect(self) -> ServerReport:
         """Look at the server, and give it our scripts.
@@ -73,14 +77,16 @@ class Store:
         """Create a job, or find the one that has its id.
 
         Raises:
-            QueueFull; NotDurable: it is there, but the disk has not confirmed it: a repeat with the same id is safe.
+            QueueFull, StoreFull, DeadlineUnreachable; NotDurable: it is there, but the disk has not confirmed it: a
+                repeat with the same id is safe.
         """
-        command = commands.submit(job, self._settings)
-        if self._settings.durability == "memory":
+        command = commands.submit(job, self._settings, self._memory.get())
+        wait = WAITS[self._settings.durability]
+        if not wait:
             return self._runner.run(command)
-        answer, synced = self._runner.answers([command], WAIT_FOR_DISK)
+        answer, synced = self._runner.answers([command], wait)
         submitted = command.decode(answer)
-        check_on_disk(synced)
+        check_on_disk(wait, synced)
         return submitted
 
     def get(self, job_id: str) -> Job:
@@ -170,7 +176,7 @@ class Store:
         Args:
             running: how many jobs the worker has; an empty one takes suspects first.
         """
-        answer = self._runner.run(commands.claim(worker, card, room, running))
+        answer = self._runner.run(commands.claim(worker, card, room, running, self._settings))
         claim, adoptions = read_claim(answer, card, self._is_known)
         if adoptions:
             self._runner.answers(adoptions)
@@ -178,18 +184,25 @@ class Store:
 
     def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
         """Write events and ends in one pipeline, the events of a job before its end."""
+        return self.begin_report(publications, settlements)()
+
+    def begin_report(
+        self, publications: Sequence[Publication], settlements: Sequence[Settlement]
+    ) -> Callable[[], Reported]:
+        """Send a report without waiting; what is returned waits for its answers, and is to be called once."""
         logged = {each.job_id: each.first + len(each.events) for each in publications}
         batch: list[Command[int]] = [commands.publish(each) for each in publications]
         batch += [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
         ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
-        answers = self._runner.answers(batch) if batch else []
+        read = self._runner.begin(batch)
+        return lambda: self._reported(ids, batch, read())
+
+    def _reported(self, ids: Sequence[str], batch: Sequence[Command[int]], answers: Sequence[int]) -> Reported:
         early = [i for i, answer in enumerate(answers) if answer == commands.TOO_EARLY]
-        if early:  # its events came after it: the server had lost one script and not the other
-            for i, answer in zip(early, self._runner.answers([batch[i] for i in early]), strict=True):
-                answers[i] = answer
+        again = dict(zip(early, self._runner.answers([batch[i] for i in early]), strict=True)) if early else {}
         told: dict[int, list[str]] = {}
-        for job_id, answer in zip(ids, answers, strict=True):
-            told.setdefault(answer, []).append(job_id)
+        for i, (job_id, answer) in enumerate(zip(ids, answers, strict=True)):
+            told.setdefault(again.get(i, answer), []).append(job_id)  # early: the server had lost one script of two
         with_dependents = tuple(told.get(commands.HAS_DEPENDENTS, ()))
         if with_dependents:
             self._release_dependents()
@@ -207,11 +220,11 @@ class Store:
 
     def reap(self) -> ReapReport:
         """Take jobs from dead workers: a lease found over is marked, and swept after the grace."""
-        return self._reap("")
+        return self._reap()
 
-    def expire_lease(self, worker: str) -> ReapReport:
-        """Take the jobs of a worker whose process is known to be dead, at once."""
-        return self._reap(worker)
+    def expire_lease(self, worker: str, how: str = "") -> ReapReport:
+        """Take the jobs of a worker whose process is known to be dead, at once; each remembers how it died."""
+        return self._reap(worker, how)
 
     def expire(self) -> int:
         """End queued jobs whose deadline has passed, forget ended ones whose time is over; how many."""
@@ -224,26 +237,18 @@ class Store:
         return promoted
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Block until a job may be there, on a connection of its own; False when the time was over."""
-        model = self._card.model.name.lower() if self._card and self._card.model else ""
-        lists = [f"{keys.WAKE}.{model}", keys.WAKE]
-        try:
-            return self._waiting.blpop(lists, timeout=max(timeout_seconds, 0.01)) is not None  # 0 would be for ever
-        except (redis.RedisError, OSError) as error:
-            raise explain(error) from error
+        """Block until a job may be there, for two seconds at most; False when none came."""
+        card = self._card.model if self._card else None
+        kinds = [card.identity, card.name.lower()] if card else []
+        return self._sleeper.wait([*(f"{keys.WAKE}.{kind}" for kind in kinds), keys.WAKE], timeout_seconds)
 
-    def emitted(self, job_id: str) -> tuple[Emitted, str | None]:
-        """What earlier attempts published of the first choice, and the identity of the engine that began."""
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprob] = []
-        began: str | None = None
-        for event in self.events(job_id):
-            if event.type == "started" and began is None:
-                began = rows.read_identity(event.fields["engine"])
-            elif event.type == "token" and event.fields["index"] == 0:
-                token_ids += event.fields["token_ids"]
-                logprobs += [TokenLogprob.from_wire(each) for each in event.fields.get("logprobs", ())]
-        return Emitted(token_ids=tuple(token_ids), logprobs=tuple(logprobs)), began
+    def interrupt(self) -> None:
+        """Let a wait that goes on now raise StoreUnavailable at once: from a signal handler, or from any thread."""
+        self._sleeper.interrupt()
+
+    def emitted(self, job_id: str) -> tuple[Emitted, ...]:
+        """What earlier attempts published, by choice."""
+        return read_emitted(self.events(job_id))
 
     def _fsync(self) -> str:
         try:
@@ -251,6 +256,10 @@ class Store:
         except redis.exceptions.NoPermissionError:
             return "unknown"
         return str(found.get("appendfsync", "unknown"))
+
+    def _look_at_memory(self) -> MemoryReport:
+        with explained():
+            return read_memory(self._runner.client.info("memory"))
 
     def _is_known(self, model: str) -> bool:
         return any(card.name.lower() == model.lower() for card in self.known())
@@ -270,10 +279,10 @@ class Store:
                 break
         return total
 
-    def _reap(self, buried: str) -> ReapReport:
+    def _reap(self, buried: str = "", how: str = "") -> ReapReport:
         reports: list[ReapReport] = []
         for _ in range(MOST_ROUNDS):
-            report, more = self._runner.run(commands.reap(self._settings, buried))
+            report, more = self._runner.run(commands.reap(self._settings, buried, how))
             reports.append(report)
             if not more:
                 break

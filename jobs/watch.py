@@ -16,8 +16,8 @@ import redis
 import redis.asyncio
 
 from jobs import keys
+from jobs.logs import read_event
 from jobs.reports import LoggedEvent
-from jobs.rows import read_event
 
 log = logging.getLogger("headrace.jobs.watch")
 

@@ -50,7 +50,8 @@ def start_valkey(folder: Path, *, port: int | None = None, fsync: str = "always"
     path = folder / "valkey.sock"
     command = [valkey_binary(), "--port", str(port or 0), "--bind", "127.0.0.1", "--unixsocket", str(path)]
     command += ["--dir", str(folder), "--appendonly", "yes", "--appendfsync", fsync, "--save", ""]
-    command += ["--stream-node-max-bytes", "256", "--logfile", str(folder / "valkey.log")]
+    command += ["--stream-node-max-bytes", "256", "--hash-max-listpack-value", "4096"]
+    command += ["--logfile", str(folder / "valkey.log")]
     # The signals that Python ignores stay ignored: a file that may not grow is then an error, as on a full disk.
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, restore_signals=False)
     deadline = time.monotonic() + 20

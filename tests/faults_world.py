@@ -22,6 +22,7 @@ from rq.serializers import JSONSerializer
 from core.request import Request, SamplingParams
 from jobs import commands, keys
 from jobs.job import NewJob
+from jobs.memory import MemoryReport
 from jobs.runner import Runner
 from jobs.settings import StoreSettings
 from tests.conftest import Server, start_valkey
@@ -56,7 +57,7 @@ def ask(client: redis.Redis, count: int, *, most: int = 60, least: int = 1, name
         params |= {"logprobs": n % 3} if n % 4 == 3 else {}
         prompt = f"{name} {n}"
         new = NewJob(id=f"{name}-{n}", request=Request(prompt=prompt, params=SamplingParams.from_wire(params)))
-        runner.run(commands.submit(new, StoreSettings()))
+        runner.run(commands.submit(new, StoreSettings(), MemoryReport(used_bytes=0, limit_bytes=0)))
         asked.append(Asked(Job.fetch(new.id, connection=client, serializer=JSONSerializer), prompt, params))
     return asked
 

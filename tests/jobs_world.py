@@ -11,7 +11,8 @@ from core.card import ModelCard
 from core.errors import HeadraceError, RequestError
 from core.request import Choice, Request, Result, SamplingParams, TokenEvent, Usage
 from jobs import keys
-from jobs.job import Job, JobState, NewJob
+from jobs.audit import audit as audit
+from jobs.job import Job, NewJob
 from jobs.settings import StoreSettings
 from jobs.store import Claim, ClaimedJob, LoggedEvent, Outcome, Publication, Settlement, Store, WorkerCard
 
@@ -76,8 +77,20 @@ def result(text: str = "w1 ", *token_ids: int) -> Result:
     return Result(usage=Usage(prompt_tokens=2, completion_tokens=1), choices=(choice,))
 
 
-def done(job: ClaimedJob, text: str = "w1 ") -> Settlement:
-    return Settlement(job_id=job.id, attempt=job.attempt, outcome=Outcome.SUCCEEDED, result=result(text))
+def returned(text: str) -> dict[str, Any]:
+    """What RQ shows of a result with one token: ids and log-probabilities are in the log alone."""
+    wire = result(text).to_wire()
+    [choice] = wire["choices"]
+    return {**wire, "choices": [{name: choice[name] for name in ("index", "text", "finish_reason")}]}
+
+
+def done(job: ClaimedJob, text: str = "w1 ", *token_ids: int) -> Settlement:
+    return Settlement(job_id=job.id, attempt=job.attempt, outcome=Outcome.SUCCEEDED, result=result(text, *token_ids))
+
+
+def said(store: Store, job_id: str) -> list[int]:
+    """The token ids published so far, of all choices."""
+    return [token_id for choice in store.emitted(job_id) for token_id in choice.token_ids]
 
 
 def failed(job: ClaimedJob, error: HeadraceError | None = None) -> Settlement:
@@ -123,59 +136,3 @@ def text_of(events: Sequence[LoggedEvent]) -> str:
 
 def numbers_of(events: Sequence[LoggedEvent]) -> list[int]:
     return [event.number for event in events]
-
-
-def audit(client: Any) -> list[str]:
-    """What is wrong: every job is in exactly the places that its state names."""
-    problems: list[str] = []
-    index = _index(client)
-    wip = {member.decode().rpartition(":")[0] for member in client.zrange(keys.WIP, 0, -1)}
-    lists = [keys.READY, *(key.decode() for key in client.keys(f"{keys.MODEL_READY}*"))]
-    waiting = {each.decode() for key in lists for each in client.lrange(key, 0, -1)}
-    scheduled = {each.decode() for each in client.zrange(keys.SCHEDULED, 0, -1)}
-    for key in client.keys(f"{keys.JOB}*"):
-        job_id = key.decode().removeprefix(keys.JOB)
-        raw = client.hgetall(key)
-        state = _state(raw)
-        problems += [f"{job_id}: indexed as {index.get(job_id)}, is {state}"] * (index.pop(job_id, []) != [state])
-        problems += [f"{job_id}: running is {state == 'running'}, in wip {job_id in wip}"] * (
-            (state == "running") != (job_id in wip)
-        )
-        if state == "queued" and (job_id in waiting) == (job_id in scheduled):
-            problems.append(f"{job_id}: queued, and in no list or in two places")
-        problems += _check_log(client, job_id, raw, state)
-    problems += [f"{job_id}: indexed as {states}, has no hash" for job_id, states in index.items()]
-    return problems
-
-
-def _index(client: Any) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for key in client.keys(f"{keys.INDEX}*"):
-        for job_id in client.zrange(key, 0, -1):
-            found.setdefault(job_id.decode(), []).append(key.decode().rpartition(":")[2])
-    return found
-
-
-def _state(raw: dict[bytes, bytes]) -> str:
-    status = raw[b"status"].decode()
-    if status == "failed" and raw.get(b"reason") == b"deadline":
-        return JobState.EXPIRED.value
-    words = {"started": "running", "finished": "succeeded", "canceled": "cancelled", "stopped": "cancelled"}
-    return {**words, "scheduled": "queued"}.get(status, status)
-
-
-def _check_log(client: Any, job_id: str, raw: dict[bytes, bytes], state: str) -> list[str]:
-    entries = client.xrange(f"{keys.EVENTS}{job_id}")
-    ids = [int(entry_id.split(b"-")[0]) for entry_id, _ in entries]
-    ends = [number for number, (_, fields) in zip(ids, entries, strict=True) if b"f" in fields]
-    problems = []
-    if ids and (ids != list(range(ids[0], ids[0] + len(ids))) or ids[-1] != int(raw[b"events"])):
-        problems.append(f"{job_id}: log has holes: {ids}")
-    if state in ("queued", "running") and ends and ends != ids[-1:]:
-        problems.append(f"{job_id}: finished in the middle")
-    if state not in ("queued", "running") and ends != ids[-1:]:
-        problems.append(f"{job_id}: {state}, and finished {len(ends)} times")
-    results = [fields for _, fields in client.xrange(f"{keys.RESULTS}{job_id}") if fields[b"type"] == b"1"]
-    if len(results) != (state == "succeeded"):
-        problems.append(f"{job_id}: {state} with {len(results)} results")
-    return problems

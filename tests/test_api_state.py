@@ -6,7 +6,7 @@ import anyio
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
-from api.fleet import Remembered
+from jobs.remembered import Remembered
 from tests.api_world import finish, front, submit
 from tests.conftest import Server
 

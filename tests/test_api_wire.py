@@ -59,7 +59,14 @@ def test_events_are_written_as_they_always_were() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["request_prompt.json", "request_messages.json", "request_ids.json", "request_predict.json"]
+    "name",
+    [
+        "request_prompt.json",
+        "request_messages.json",
+        "request_ids.json",
+        "request_predict.json",
+        "request_choices.json",
+    ],
 )
 def test_a_request_is_read_as_it_always_was(name: str) -> None:
     example = golden(name)

@@ -38,7 +38,7 @@ HOME: Mapping[str, tuple[str, ...]] = {
 
 #: Importable where nothing is installed.
 STANDARD_LIBRARY_ONLY = tuple(
-    f"{name.replace('.', '/')}.py" for name in (*SHARED_WORDS, "core.protocol", "core.instant")
+    f"{name.replace('.', '/')}.py" for name in (*SHARED_WORDS, "core.choices", "core.protocol", "core.instant")
 )
 
 #: Files that read ``os.environ`` and ``sys.argv``, by name; so does a module that is a program (``python -m …``).

@@ -219,7 +219,8 @@ def test_redis_keeps_what_202_promises() -> None:
         "always",
         "noeviction",
     )
-    assert (given["--stream-node-max-bytes"], given["--save"], given["--dir"]) == ("256", "", "/data")
+    assert (given["--stream-node-max-bytes"], given["--hash-max-listpack-value"]) == ("256", "4096")
+    assert (given["--save"], given["--dir"]) == ("", "/data")
 
 
 def test_every_variable_of_the_files_is_a_setting() -> None:

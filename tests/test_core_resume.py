@@ -98,7 +98,7 @@ def test_an_answer_taken_up_at_any_token_goes_on_as_if_undisturbed(tiny: TinyMod
         logprobs = () if whole.logprobs is None else whole.logprobs[:cut]
         engine = engine_of(tiny.folder, step_tokens=3 + cut)
         engine.add("other", Request(token_ids=(1, 2, 3), params=STYLES[1]))
-        engine.add("job", request, Emitted(token_ids=whole.token_ids[:cut], logprobs=logprobs))
+        engine.add("job", request, (Emitted(token_ids=whole.token_ids[:cut], logprobs=logprobs),))
         events = drain(engine)
 
         assert same(choice_of(events, "job"), whole)
@@ -224,7 +224,7 @@ def test_text_taken_up_at_any_token_is_the_undisturbed_text_with_its_stop(smollm
     assert "".join(pieces) == whole.text
 
     for cut in range(0, len(pieces) + 1, 3):
-        smollm2.add("job", request, Emitted(token_ids=whole.token_ids[:cut]))
+        smollm2.add("job", request, (Emitted(token_ids=whole.token_ids[:cut]),))
         events = drain(smollm2)
         assert choice_of(events, "job") == whole
         assert [event.text for event in events if isinstance(event, TokenEvent)] == pieces[cut:]

@@ -42,7 +42,7 @@ def test_any_mix_of_jobs_finishes_within_budget_and_frees_every_slot(seed: int) 
     draw = random.Random(seed)
     pool = BlockPool(draw.randint(8, 40) * BLOCK_TOKENS)
     budget, most = draw.randint(1, 30), draw.randint(1, 6)
-    scheduler, cache = Scheduler(pool, max_running=most, step_tokens=budget), FakeCache(pool.tokens)
+    scheduler, cache = Scheduler(pool, max_running=most), FakeCache(pool.tokens)
     waiting = [sequence_of(str(n), draw.randint(1, 60), draw.randint(1, 40)) for n in range(12)]
     alive: list[Sequence] = []
     for _ in range(5000):
@@ -51,7 +51,7 @@ def test_any_mix_of_jobs_finishes_within_budget_and_frees_every_slot(seed: int) 
             scheduler.add(alive[-1])
         if alive and draw.random() < 0.02:
             scheduler.remove(alive.pop(draw.randrange(len(alive))))  # cancelled
-        step = scheduler.plan()
+        step = scheduler.plan(budget)
         assert step.tokens <= budget
         assert len(scheduler.running) <= most
         assert bool(step.slices) == bool(alive)  # nobody starves: somebody always moves
@@ -76,19 +76,19 @@ def test_any_mix_of_jobs_finishes_within_budget_and_frees_every_slot(seed: int) 
 
 
 def test_those_that_decode_go_first_and_prompts_share_the_rest_in_order() -> None:
-    scheduler = Scheduler(BlockPool(1024), max_running=8, step_tokens=10)
+    scheduler = Scheduler(BlockPool(1024), max_running=8)
     old, decoding, late = sequence_of("old", 30, 5), sequence_of("decoding", 1, 5), sequence_of("late", 30, 5)
     for sequence in (old, decoding, late):
         scheduler.add(sequence)
 
-    [first, second] = scheduler.plan().slices
+    [first, second] = scheduler.plan(10).slices
 
     assert (first.sequence, first.tokens) == (decoding, 1)
     assert (second.sequence, second.tokens) == (old, 9)
 
 
 def test_a_long_job_that_waits_for_memory_is_not_overtaken() -> None:
-    scheduler = Scheduler(BlockPool(10 * BLOCK_TOKENS), max_running=8, step_tokens=64)
+    scheduler = Scheduler(BlockPool(10 * BLOCK_TOKENS), max_running=8)
     first, long, short = sequence_of("first", 60, 60), sequence_of("long", 60, 60), sequence_of("short", 5, 5)
     for sequence in (first, long, short):
         scheduler.add(sequence)

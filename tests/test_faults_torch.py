@@ -16,14 +16,14 @@ from tests.faults_world import kill_holders
 from tests.jobs_world import audit
 from tests.proxy import kill, proxied
 from tests.tiny_models import VOCAB, make
-from tests.worker_world import await_end, eventually, put_wire, tokens, worker
+from tests.worker_world import await_end, eventually, put_wire, tokens, whole, worker
 
 JOBS = 16
 
 
 def wire(n: int) -> dict[str, Any]:
-    """A job of 100 tokens: greedy, or drawn with a seed."""
-    params = {"max_tokens": 100, "ignore_eos": True, "temperature": (n % 2) * 0.9, "seed": n}
+    """A job of 100 tokens a choice: greedy, or drawn with a seed."""
+    params = {"max_tokens": 100, "n": 1 + n % 3, "ignore_eos": True, "temperature": (n % 2) * 0.9, "seed": n}
     return {"input": {"prompt_token_ids": [(7 * n + k) % VOCAB for k in range(1 + n)]}, "params": params}
 
 
@@ -45,12 +45,12 @@ def test_the_successors_of_killed_torch_workers_draw_the_same_tokens(
         assert len(kill_holders(valkey, seed=4, times=1, pause_seconds=0.01)) == 1
         ends = {await_end(job, process.log, seconds=120) for job in jobs}
         attempts = [attempt(job) for job in jobs]
-        answers = [job.return_value()["choices"][0]["token_ids"] for job in jobs]
+        answers = [[choice["token_ids"] for choice in whole(job)["choices"]] for job in jobs]
 
     requests = [Request.from_wire(wire(n), kind=Kind.GENERATE) for n in range(JOBS)]
     undisturbed = Engine.load(EngineConfig(**config, threads=1)).generate(requests)  # type: ignore[arg-type]
     assert ends == {"finished"}
     assert rule.happened.is_set()
     assert max(attempts) == 3
-    assert answers == [list(result.choices[0].token_ids) for result in undisturbed]
+    assert answers == [[list(choice.token_ids) for choice in result.choices] for result in undisturbed]
     assert audit(valkey) == []

@@ -22,7 +22,7 @@ from jobs.store import Store
 from tests.conftest import Server
 from tests.faults_world import TIMES, Asked, Meanwhile, Snapshots, ask, crew, kill_holders, undisturbed
 from tests.jobs_world import audit, settings
-from tests.worker_world import ROOT, worker
+from tests.worker_world import ROOT, log_of, worker
 
 HOUR = 3_600
 
@@ -109,8 +109,7 @@ def test_an_id_that_is_queued_many_times_runs_once(valkey: redis.Redis, valkey_u
 
 def starts(asked: list[Asked]) -> list[int]:
     """How often each was begun."""
-    logs = [each.job.connection.xrange(f"{keys.EVENTS}{each.job.id}") for each in asked]
-    return [sum(b"a" in fields for _, fields in log) for log in logs]
+    return [sum(event.type == "started" for event in log_of(each.job)) for each in asked]
 
 
 #: Put before everything else on a process' path: its clocks are wrong by so many seconds.

@@ -141,6 +141,18 @@ def test_patience_with_a_busy_server_ends(server: Server, client: Client) -> Non
     assert len(server.asked) == 1  # sixty seconds are more than we had: no point in waiting
 
 
+def test_a_refusal_that_is_not_to_be_repeated_is_not(server: Server, client: Client) -> None:
+    server.script = [
+        answers(429, problem(429, "deadline_unreachable"), retry_after="0.1", x_should_retry="false"),
+        answers(202, job("queued")),
+    ]
+
+    with pytest.raises(Overloaded, match="deadline_unreachable"):
+        client.submit({"input": {"prompt": "hello"}, "deadline_seconds": 1, "refuse_if_late": True})
+    assert server.asked[0][3]["refuse_if_late"] is True
+    assert len(server.asked) == 1
+
+
 def test_pauses_are_at_least_what_the_server_asks_for_and_never_exceed_the_patience() -> None:
     tries = Tries(Patience(busy_seconds=10))
     pauses = [tries.pause_after_status(429, "3") for _ in range(4)]
@@ -254,6 +266,20 @@ def test_a_result_is_read_whatever_its_kind() -> None:
     assert (text.text, text.token_ids, text.finish_reason, text.usage["completion_tokens"]) == ("Hi", [5, 6], "stop", 2)
     assert (ids.text, ids.token_ids, ids.finish_reason) == ("", [7], None)
     assert (Job(job("queued")).text, Job(job("queued")).ended) == ("", False)
+
+
+def test_each_choice_of_a_job_has_its_text_and_its_own_stream(server: Server, client: Client) -> None:
+    choices = [{"index": i, "text": text, "finish_reason": "stop", "token_ids": [i]} for i, text in enumerate("ab")]
+    last = job("succeeded", result={"choices": choices, "usage": {}})
+    pieces = [
+        event(i, "token", index=i % 2, text=text, token_ids=[i]) for i, text in enumerate(["a1", "b1", "a2", "b2"])
+    ]
+    server.script = [streams("".join([*pieces, event(4, "finished", job=last)]))] * 3
+
+    assert list(client.stream("job_1")) == ["a1", "a2"]
+    assert list(client.stream("job_1", 1)) == ["b1", "b2"]
+    assert [one.index for one in client.events("job_1")] == [0, 1, 0, 1, 0]
+    assert (Job(last).texts, Job(last).text, Job(job("queued")).texts) == (["a", "b"], "a", [])
 
 
 def test_what_is_asked_may_be_text_a_chat_or_a_whole_body() -> None:

@@ -137,6 +137,15 @@ def test_jsonl_lines_may_be_prompts_chats_or_whole_jobs(up: Up) -> None:
     assert jobs[1].wire["metadata"] == {"n": "1"}
 
 
+def test_run_shows_every_answer_that_was_asked_for(up: Up) -> None:
+    shown = headrace("run", "hello", "--max-tokens", "9", "--n", "3", "--url", up.url)
+    whole = headrace("run", "hello", "--max-tokens", "9", "--n", "3", "--json", "--url", up.url)
+    texts = [choice["text"] for choice in json.loads(whole.stdout)["result"]["choices"]]
+
+    assert len({*texts}) == 3
+    assert shown.stdout == "\n\n".join(texts) + "\n"
+
+
 def test_run_streams_the_same_text_that_is_the_result(up: Up) -> None:
     streamed = headrace("run", "hello", "--max-tokens", "9", "--url", up.url)
     whole = headrace("run", "hello", "--max-tokens", "9", "--json", "--url", up.url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -44,9 +45,9 @@ def result_of(events: list[Event]) -> Result:
     return events[-1].result
 
 
-def alone(request: Request, emitted: Emitted | None = None, job_id: str = "a") -> list[Event]:
+def alone(request: Request, *emitted: Emitted, job_id: str = "a") -> list[Event]:
     engine = InstantEngine()
-    engine.add(job_id, request, emitted or Emitted())
+    engine.add(job_id, request, emitted)
     return run(engine)[job_id]
 
 
@@ -93,6 +94,76 @@ def test_a_successor_goes_on_where_the_tokens_end(published: int, stop_at: int |
     assert result_of(rest) == result_of(events)
     assert text_of([*tokens, *rest]) == result_of(events).choices[0].text
     assert len(rest) == len(events) - len(tokens)
+
+
+def choices_of(events: list[Event]) -> list[tuple[int, ...]]:
+    return [choice.token_ids for choice in result_of(events).choices]
+
+
+def test_choices_differ_and_the_first_is_what_it_is_alone() -> None:
+    [first] = choices_of(alone(ask(max_tokens=9)))
+    events = alone(ask(max_tokens=9, n=4))
+
+    assert choices_of(events)[0] == first
+    assert len({*choices_of(events)}) == 4
+    assert first[:4] == (417, 453, 494, 83)  # as they were when a job had one choice: stored answers go on
+    assert [choice.index for choice in result_of(events).choices] == [0, 1, 2, 3]
+    assert (result_of(events).usage.prompt_tokens, result_of(events).usage.completion_tokens) == (4, 36)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_successor_goes_on_with_every_choice_where_it_stopped(seed: int) -> None:
+    chance = random.Random(seed)
+    words = result_of(alone(ask(max_tokens=12, n=3))).choices[1].text.split()
+    request = ask(max_tokens=12, n=3, stop=[f"{words[6][-1]} {words[7]}"], logprobs=1, temperature=0)
+    events = alone(request)
+    assert [choice.finish_reason for choice in result_of(events).choices] == ["length", "stop", "length"]
+    tokens = [event for event in events if isinstance(event, TokenEvent)]
+    cuts = [chance.randint(0, 12) for _ in range(3)]
+    parts = [[event for event in tokens if event.index == index][:cut] for index, cut in enumerate(cuts)]
+    emitted = [
+        Emitted(
+            token_ids=tuple(i for event in part for i in event.token_ids),
+            logprobs=tuple(each for event in part for each in event.logprobs or ()),
+        )
+        for part in parts
+    ]
+
+    rest = alone(request, *emitted)
+
+    assert result_of(rest) == result_of(events)
+    assert len(rest) == len(events) - sum(map(len, parts))
+    for index, part in enumerate(parts):
+        after = [event for event in rest if isinstance(event, TokenEvent) and event.index == index]
+        assert text_of([*part, *after]) == result_of(events).choices[index].text
+
+
+def test_choices_beyond_the_places_are_drawn_one_after_the_other() -> None:
+    engine = InstantEngine(InstantConfig(max_running=2))
+    engine.add("a", ask(max_tokens=5, n=5))
+    engine.add("b", ask(max_tokens=5))
+    room = engine.room
+    together = run(engine)
+
+    assert room == 0
+    assert result_of(together["a"]) == result_of(alone(ask(max_tokens=5, n=5)))
+    assert result_of(together["b"])
+    assert engine.stats.decode_rows == {2: 15}
+
+
+def test_a_cancelled_job_ends_the_choices_that_go_on() -> None:
+    words = result_of(alone(ask(max_tokens=9, n=2))).choices[1].text.split()
+    engine = InstantEngine()
+    engine.add("a", ask(max_tokens=9, n=2, stop=[words[1]]))
+    events = [event for _ in range(3) for event in engine.step()]
+    engine.cancel("a")
+    [last] = engine.step()
+
+    assert [choice.finish_reason for choice in result_of([last]).choices] == ["cancelled", "stop"]
+    assert "".join(choice.text for choice in result_of([last]).choices[:1]) == text_of(
+        [event for event in events if isinstance(event, TokenEvent) and event.index == 0]
+    )
+    assert engine.idle
 
 
 def test_text_ends_before_the_first_stop_string_and_none_of_it_was_sent() -> None:

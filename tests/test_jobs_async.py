@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -88,7 +89,8 @@ def test_many_submissions_share_a_pipeline_and_each_has_its_own_answer(
 
 def test_a_submission_is_answered_only_when_the_disk_has_it(valkey_url: str) -> None:
     async def body(door: AsyncStore) -> list[Any]:
-        door._submits = Lane(door._submitting, ("WAITAOF", 1, 1, 1), lambda answer: check_on_disk(answer[1:]))
+        wait = ("WAITAOF", 1, 1, 1)
+        door._submits = Lane(door._submitting, wait, functools.partial(check_on_disk, wait))
         return await asyncio.gather(
             *(door.submit(NewJob(id=f"a{number}", request=NEW)) for number in range(3)), return_exceptions=True
         )

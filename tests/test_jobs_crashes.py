@@ -21,6 +21,7 @@ from tests.jobs_world import (
     done,
     kill,
     outlast_grace,
+    said,
     say,
     settings,
     take,
@@ -58,7 +59,7 @@ def test_the_jobs_of_a_dead_process_go_on_at_once_at_the_front_in_their_order(
     store: Store, valkey: redis.Redis
 ) -> None:
     born(store, "v")
-    ids = [add(store).id for _ in range(4)]
+    ids = [add(store, job_id).id for job_id in ("m", "z", "a", "k")]
     taken = take(store, room=3)
     store.report([say(job, 1) for job in taken], [])
     report = store.expire_lease("w")
@@ -290,7 +291,7 @@ class Simulation:
             self.alone[name] = got.alone
             for job in got.jobs:
                 mine[job.id] = job
-                self.said[job.id] = len(self.store.emitted(job.id)[0].token_ids)
+                self.said[job.id] = len(said(self.store, job.id))
         poisoned = any(job_id.startswith("poison") for job_id in mine)
         # A kill may hit anybody at any time, but for the one moment that looks exactly like poison: a suspect, alone,
         # before its first token.

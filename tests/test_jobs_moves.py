@@ -10,10 +10,10 @@ import pytest
 import redis
 
 from core.errors import JobConflict, JobNotFound, QueueFull
-from core.request import Kind, Request
+from core.request import Emitted, Kind, Request, TokenLogprob
 from jobs import keys
 from jobs.job import FINAL, MOVES, JobState, NewJob
-from jobs.store import ClaimedJob, Outcome, Settlement, Store
+from jobs.store import ClaimedJob, Outcome, Publication, Settlement, Store
 from tests.jobs_world import (
     OTHER,
     add,
@@ -26,10 +26,12 @@ from tests.jobs_world import (
     outlast_grace,
     pass_deadline,
     result,
+    said,
     say,
     settings,
     take,
     text_of,
+    token,
     types,
     wipe_lease,
 )
@@ -56,7 +58,7 @@ def test_a_job_goes_from_submission_to_its_result(store: Store, valkey: redis.Re
     assert (submitted.state, submitted.queue_position, submitted.attempt) == (S.QUEUED, 1, 0)
     assert (running.state, running.attempt, running.worker, running.queue_position) == (S.RUNNING, 1, "w", None)
     assert (over.state, over.tokens_generated, over.metadata) == (S.SUCCEEDED, 3, {"who": "mé"})
-    assert over.result == result("w1 w2 w3 ").to_wire()
+    assert over.result == result("w1 w2 w3 ", 1, 2, 3).to_wire()
     assert over.expires_at is not None
     assert over.finished_at is not None
     assert over.expires_at - over.finished_at == pytest.approx(60, abs=0.01)
@@ -130,10 +132,26 @@ def test_released_jobs_go_on_at_the_front_in_their_order_with_their_tokens(store
     assert [job.id for job in again] == ["a", "b", "c"]
     assert [job.attempt for job in again] == [2, 2, 1]
     assert [job.crashes for job in again] == [0, 0, 0]
-    emitted, began = store.emitted("a")
-    assert (emitted.token_ids, began) == ((1,), "instant-0-float32-abababababababab")
+    assert said(store, "a") == [1]
     assert again[0].next_event == 3
     assert audit(valkey) == []
+
+
+def test_what_was_published_is_read_back_choice_by_choice(store: Store) -> None:
+    add(store, "a")
+    [job] = take(store)
+    said = [(2, 5), (0, 1), (2, 6), (0, 2), (2, 7)]
+    logprobs = {token_id: TokenLogprob(token_id=token_id, logprob=-0.5) for _, token_id in said}
+    events = [token("a", token_id, index=index, logprobs=(logprobs[token_id],)) for index, token_id in said]
+    store.report([Publication(job_id="a", attempt=job.attempt, first=job.next_event, events=events)], [])
+
+    assert store.emitted("a") == (
+        Emitted(token_ids=(1, 2), logprobs=(logprobs[1], logprobs[2])),
+        Emitted(),
+        Emitted(token_ids=(5, 6, 7), logprobs=(logprobs[5], logprobs[6], logprobs[7])),
+    )
+    assert store.get("a").tokens_generated == 5
+    assert store.emitted("unknown") == ()
 
 
 def test_cancelling_a_queued_job_ends_it_and_its_id_falls_out_at_a_claim(store: Store, valkey: redis.Redis) -> None:
@@ -243,7 +261,7 @@ def test_a_retried_job_starts_from_its_beginning_and_its_numbers_go_on(store: St
     assert (again.attempt, again.next_event) == (2, 4)
     assert again.deadline_in_seconds == pytest.approx(60, abs=1)
     assert [event.number for event in store.events("a")] == [3, 4, 5]
-    assert (over.state, over.result) == (S.SUCCEEDED, result("w7 ").to_wire())
+    assert (over.state, over.result) == (S.SUCCEEDED, result("w7 ", 7).to_wire())
     assert valkey.zscore(keys.FAILED, "a") is None
     assert audit(valkey) == []
 
@@ -384,3 +402,16 @@ def test_kinds_are_indexed_apart(store: Store) -> None:
     assert [job.id for job in store.list(kinds=[Kind.PREDICT])] == ["p"]
     assert store.get("p").kind is Kind.PREDICT
     assert [job.id for job in take(store)] == ["p", "g"]
+
+
+def test_a_claim_that_finds_nothing_writes_nothing(store: Store, valkey: redis.Redis) -> None:
+    """A busy worker asks after each step: with ``appendfsync always`` a write would cost it the disk's time."""
+    born(store)
+    add(store, "a")
+    assert [job.id for job in take(store)] == ["a"]
+    take(store, running=1)
+    before = valkey.info("persistence")["rdb_changes_since_last_save"]
+    for _ in range(3):
+        assert take(store, running=1) == []
+
+    assert valkey.info("persistence")["rdb_changes_since_last_save"] == before

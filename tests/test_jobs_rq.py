@@ -33,6 +33,7 @@ from tests.jobs_world import (
     kill,
     pass_deadline,
     result,
+    returned,
     say,
     settings,
     take,
@@ -84,7 +85,7 @@ def test_a_job_of_stock_rq_runs_and_its_return_value_is_the_result(
     assert (before.state, before.queue_position) == (S.QUEUED, None)
     assert job.request == Request.from_wire(WIRE, kind=Kind.GENERATE)
     assert job.timeout_seconds == 33
-    assert fetch(valkey, theirs.id).return_value() == result().to_wire()
+    assert fetch(valkey, theirs.id).return_value() == returned("w1 ")
     assert theirs.get_status() == "finished"
     assert theirs.worker_name == "w"
     assert theirs.started_at <= theirs.ended_at
@@ -313,7 +314,7 @@ def test_a_job_stopped_by_rqs_command_is_where_rq_says_it_is(store: Store, valke
         channel.get_message(timeout=1)
         send_stop_job_command(valkey, "a", serializer=JSONSerializer)
         message: Any = channel.get_message(timeout=1)
-    store.report([], [ended(job, Outcome.CANCELLED, result("w1 "))])
+    store.report([say(job, 1)], [ended(job, Outcome.CANCELLED, result("w1 "))])
 
     assert json.loads(message["data"]) == {"command": "stop-job", "job_id": "a"}
     assert fetch(valkey, "a").get_status() == "stopped"
@@ -338,7 +339,8 @@ def test_rqs_requeue_of_a_failed_job_starts_it_anew(store: Store, valkey: redis.
     assert (queued.state, queued.error, queued.finished_at) == (S.QUEUED, None, None)
     assert (running.error, running.tokens_generated, again.next_event) == (None, 0, 4)
     assert (over.state, over.error, over.attempt) == (S.SUCCEEDED, None, 2)
-    assert fetch(valkey, "a").return_value() == result("w2 ").to_wire()
+    assert fetch(valkey, "a").return_value() == returned("w2 ")
+    assert over.result == result("w2 ", 2).to_wire()
     assert types(store.events("a")) == "stf"
     assert audit(valkey) == []
 

@@ -65,7 +65,15 @@ def test_the_boot_id_names_this_host() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("engine", "jax"), ("workers", 0), ("drain_seconds", -1.0), ("dtype", "int8"), ("lease_seconds", float("nan"))],
+    [
+        ("engine", "jax"),
+        ("workers", 0),
+        ("drain_seconds", -1.0),
+        ("stall_seconds", -1),
+        ("stall_seconds", 86_401),
+        ("dtype", "int8"),
+        ("lease_seconds", float("nan")),
+    ],
 )
 def test_a_setting_out_of_its_bound_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field}: must be"):

@@ -11,9 +11,8 @@ import pytest
 import redis
 
 from core.instant import InstantConfig, InstantEngine
-from core.protocol import NOTHING_EMITTED
-from core.request import Emitted, Kind, Request, SamplingParams
-from jobs.job import FINAL, Job, JobState, NewJob
+from core.request import Emitted, FinishedEvent, Kind, Request, SamplingParams
+from jobs.job import FINAL, Job, JobState, NewJob, Resume
 from jobs.store import Store, WorkerCard
 from tests.worker_world import eventually, store_settings, working
 
@@ -25,9 +24,16 @@ def store(valkey_url: str) -> Iterator[Store]:
     store.close()
 
 
-def submit(store: Store, job_id: str, prompt: str = "x", seconds: float | None = None, **params: Any) -> str:
+def submit(
+    store: Store,
+    job_id: str,
+    prompt: str = "x",
+    seconds: float | None = None,
+    resume: Resume = Resume.RESTART,
+    **params: Any,
+) -> str:
     request = Request(prompt=prompt, params=SamplingParams.from_wire(params))
-    store.submit(NewJob(id=job_id, request=request, deadline_seconds=seconds))
+    store.submit(NewJob(id=job_id, request=request, deadline_seconds=seconds, resume=resume))
     return job_id
 
 
@@ -123,7 +129,57 @@ def test_a_handed_back_job_goes_on_to_the_same_text(store: Store, valkey_url: st
     assert text_of(store, "a") == (job.result or {})["choices"][0]["text"]
 
 
-def test_another_engine_does_not_go_on_with_an_answer_until_a_retry(store: Store, valkey_url: str) -> None:
+def undisturbed_result(prompt: str, job_id: str, **params: Any) -> dict[str, Any]:
+    engine = InstantEngine()
+    engine.add(job_id, Request(prompt=prompt, params=SamplingParams.from_wire(params)))
+    while True:
+        for event in engine.step():
+            if isinstance(event, FinishedEvent):
+                return event.result.to_wire()
+
+
+def check_choices(store: Store, job: Job) -> None:
+    """Each choice's pieces in the log, joined, are its text; every token was counted and said once."""
+    result = job.result or {}
+    events = [event for event in store.events(job.id) if event.type == "token"]
+    for choice in result["choices"]:
+        mine = [event.fields for event in events if event.fields["index"] == choice["index"]]
+        assert "".join(fields["text"] for fields in mine) == choice["text"]
+        assert [token_id for fields in mine for token_id in fields["token_ids"]] == choice["token_ids"]
+    assert job.tokens_generated == result["usage"]["completion_tokens"] == len(events)
+
+
+def test_a_handed_back_job_goes_on_to_the_same_three_texts(store: Store, valkey_url: str) -> None:
+    params: dict[str, Any] = {"max_tokens": 60, "n": 3, "temperature": 1.0, "stop": ["never ever"], "logprobs": 1}
+    submit(store, "a", **params)
+    engine = InstantEngine(InstantConfig(step_seconds=0.005, max_running=2))  # the third choice lags behind
+    for before in (5, 130):
+        with working(valkey_url, engine if before == 5 else None, step_ms=5):
+            published(store, "a", before)
+        engine.drop("a")
+    with working(valkey_url):
+        job = ended(store, "a")
+
+    assert (job.attempt, job.crashes, job.tokens_generated) == (3, 0, 180)
+    assert job.result == undisturbed_result("x", "a", **params)
+    assert text_of(store, "a")
+    check_choices(store, job)
+
+
+def test_a_job_with_one_choice_cut_short_is_cancelled_and_keeps_all(store: Store, valkey_url: str) -> None:
+    word = undisturbed_result("x", "a", n=2)["choices"][1]["text"].split()[4]
+    with working(valkey_url, step_ms=10):
+        submit(store, "a", max_tokens=100_000, n=2, stop=[word])
+        published(store, "a", 30)
+        store.cancel("a")
+        job = ended(store, "a")
+
+    assert job.state is JobState.CANCELLED
+    assert [choice["finish_reason"] for choice in (job.result or {})["choices"]] == ["cancelled", "stop"]
+    check_choices(store, job)
+
+
+def test_another_engine_starts_over_what_nobody_has_read(store: Store, valkey_url: str) -> None:
     submit(store, "a", max_tokens=100)
     with working(valkey_url, step_ms=10):
         published(store, "a")
@@ -131,13 +187,25 @@ def test_another_engine_does_not_go_on_with_an_answer_until_a_retry(store: Store
     other.card = dataclasses.replace(other.card, dtype="bfloat16")
     with working(valkey_url, other):
         job = ended(store, "a")
-        store.retry("a")
-        again = ended(store, "a")
+    engines = [event.fields["engine"]["dtype"] for event in store.events("a") if event.type == "started"]
+
+    assert job.state is JobState.SUCCEEDED
+    assert engines == ["none", "bfloat16"]
+    assert text_of(store, "a") == (job.result or {})["choices"][0]["text"]
+    assert (job.result or {})["usage"]["completion_tokens"] == 100
+
+
+def test_an_engine_with_another_vocabulary_cannot_go_on_even_where_any_may(store: Store, valkey_url: str) -> None:
+    submit(store, "a", resume=Resume.ANY, max_tokens=100)
+    with working(valkey_url, step_ms=10):
+        published(store, "a")
+    other = InstantEngine()
+    other.card = dataclasses.replace(other.card, dtype="bfloat16", vocab_size=1)
+    with working(valkey_url, other):
+        job = ended(store, "a")
 
     assert (job.error or {})["code"] == "engine_changed"
     assert "retry" in (job.error or {})["message"]
-    assert again.state is JobState.SUCCEEDED
-    assert (again.result or {})["usage"]["completion_tokens"] == 100
 
 
 class Witness(InstantEngine):
@@ -148,9 +216,9 @@ class Witness(InstantEngine):
         self.joined: dict[str, int] = {}
         self.beside: dict[str, int] = {}  # how many others ran when it joined
 
-    def add(self, job_id: str, request: Request, emitted: Emitted = NOTHING_EMITTED) -> None:
+    def add(self, job_id: str, request: Request, emitted: tuple[Emitted, ...] = ()) -> None:
         self.joined[job_id] = self.stats.generated_tokens
-        self.beside[job_id] = len(self._sequences)
+        self.beside[job_id] = len(self._jobs)
         super().add(job_id, request, emitted)
 
 
@@ -164,7 +232,7 @@ def make_suspect(store: Store, job_id: str) -> None:
     assert store.get(job_id).crashes == 2
 
 
-def test_a_suspect_starts_alone_and_others_join_after_two_tokens(store: Store, valkey_url: str) -> None:
+def test_a_suspect_starts_alone_and_others_join_when_two_tokens_are_published(store: Store, valkey_url: str) -> None:
     submit(store, "suspect", max_tokens=30)
     make_suspect(store, "suspect")
     ids = [submit(store, f"j{n}") for n in range(5)]
@@ -173,7 +241,7 @@ def test_a_suspect_starts_alone_and_others_join_after_two_tokens(store: Store, v
         states = {ended(store, job_id).state for job_id in [*ids, "suspect"]}
 
     assert states == {JobState.SUCCEEDED}
-    assert engine.joined == {"suspect": 0, **dict.fromkeys(ids, 2)}
+    assert engine.joined == {"suspect": 0, **dict.fromkeys(ids, 3)}  # two are published once the third is drawn
 
 
 def test_a_waiting_suspect_gets_an_empty_worker_though_the_queue_does_not_end(store: Store, valkey_url: str) -> None:

@@ -22,6 +22,9 @@ from rq.serializers import JSONSerializer
 from core.instant import InstantConfig, InstantEngine
 from core.protocol import EngineProtocol
 from core.request import FinishedEvent, Request, SamplingParams
+from jobs import commands
+from jobs.reports import LoggedEvent
+from jobs.runner import Runner
 from jobs.settings import StoreSettings
 from worker.engine_process import build
 from worker.settings import WorkerSettings
@@ -132,16 +135,22 @@ def ended_alike(jobs: list[Job], log: Path | None = None, seconds: float = 60) -
         whole(job)
 
 
+def log_of(job: Job) -> list[LoggedEvent]:
+    """What a reader of the job's events sees."""
+    return Runner(job.connection, 86_400).run(commands.events(job.id, -1))
+
+
 def whole(job: Job) -> dict[str, Any]:
-    """The job's one result; its log has every event once."""
-    client = job.connection
-    assert client.xlen(f"rq:results:{job.id}") == 1
-    value: dict[str, Any] = job.return_value()
-    entries = client.xrange(f"headrace:events:{job.id}")
-    assert [entry_id for entry_id, _ in entries] == [f"{n + 1}-0".encode() for n in range(len(entries))]
-    assert "".join(fields.get(b"t", b"").decode() for _, fields in entries) == value["choices"][0]["text"]
-    assert [b"f" in fields for _, fields in entries].count(True) == 1
-    return value
+    """The job's one result as the API shows it; its log has every event once, and the texts of the result."""
+    assert job.connection.xlen(f"rq:results:{job.id}") == 1
+    events = log_of(job)
+    result = Runner(job.connection, 86_400).run(commands.get(job.id)).job.result or {}
+    assert [event.number for event in events] == list(range(len(events)))
+    assert [event.type for event in events].count("finished") == 1
+    for choice in result["choices"]:
+        said = [event.fields for event in events if event.type == "token" and event.fields["index"] == choice["index"]]
+        assert "".join(fields["text"] for fields in said) == choice["text"]
+    return result
 
 
 def answer(prompt: str, **params: Any) -> dict[str, Any]:
@@ -156,7 +165,7 @@ def answer(prompt: str, **params: Any) -> dict[str, Any]:
 
 def tokens(job: Job) -> int:
     """Token events published so far."""
-    return sum(b"t" in fields for _, fields in job.connection.xrange(f"headrace:events:{job.id}"))
+    return sum(event.type == "token" for event in log_of(job))
 
 
 @contextmanager

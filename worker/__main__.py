@@ -1,4 +1,4 @@
-"""``python -m worker``: the parent; with ``--engine-process PARENT``: the process that it starts."""
+"""``python -m worker``: the parent; with ``--engine-process PARENT PIPE``: the process that it starts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from core.errors import ModelError, UnsafeServer
 from jobs.settings import SettingError, StoreSettings, from_environ
 from worker.parent import CLEAN, CRASHED, PERMANENT, Parent, ParentConfig, die_with
+from worker.pulse import Pulse
 from worker.settings import WorkerSettings
 
 ENGINE_PROCESS = "--engine-process"
@@ -24,20 +25,25 @@ log = logging.getLogger("headrace.worker")
 def main() -> int:
     """Run the parent or the engine process; the exit code."""
     arguments = sys.argv[1:]
-    if arguments and not (arguments[0] == ENGINE_PROCESS and len(arguments) == 2):
+    if arguments and not (arguments[0] == ENGINE_PROCESS and len(arguments) == 3):
         print(USAGE, file=sys.stderr)
         return CLEAN if arguments in (["-h"], ["--help"]) else PERMANENT
+    pulse = Pulse(int(arguments[2])) if arguments else Pulse()
     try:
         settings, store_settings = from_environ(WorkerSettings, os.environ), from_environ(StoreSettings, os.environ)
         logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
         if not arguments:
             return run_parent(settings, store_settings, os.environ)
-        run_engine_process(settings, store_settings, int(arguments[1]))
+        die_with(int(arguments[1]))
+        from worker.engine_process import serve
+
+        serve(settings, store_settings, pulse)
     except (SettingError, ModelError, UnsafeServer) as error:
         print(f"worker: {error}", file=sys.stderr)
         return PERMANENT
-    except Exception:
+    except Exception as error:
         log.exception("the engine process ends; its jobs go on elsewhere")
+        pulse.say(type(error).__name__)
         return CRASHED
     return CLEAN
 
@@ -53,16 +59,9 @@ def run_parent(settings: WorkerSettings, store_settings: StoreSettings, environm
         environment={**environment, "PYTHONPATH": path},
         name=settings.worker_name,
         stop_seconds=settings.drain_seconds + KILL_AFTER_SECONDS,
+        stall_seconds=settings.stall_seconds,
     )
     return Parent(config, Store.connect(store_settings).expire_lease).run()
-
-
-def run_engine_process(settings: WorkerSettings, store_settings: StoreSettings, parent: int) -> None:
-    """Load an engine and work until told to stop."""
-    die_with(parent)
-    from worker.engine_process import serve
-
-    serve(settings, store_settings)
 
 
 if __name__ == "__main__":

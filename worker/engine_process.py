@@ -19,6 +19,7 @@ from jobs.store import Store, WorkerCard
 from worker.cores import CoreShare, read_boot_id
 from worker.loop import Worker
 from worker.presence import Presence
+from worker.pulse import Pulse
 from worker.rq_worker import RqWorker
 from worker.settings import WorkerSettings
 from worker.stop import Stop
@@ -32,8 +33,8 @@ log = logging.getLogger("headrace.worker")
 KNOCK_SECONDS = 0.5  #: between two tries to reach Redis at the start
 
 
-def serve(settings: WorkerSettings, store_settings: StoreSettings) -> None:
-    """Run one worker until it is told to stop.
+def serve(settings: WorkerSettings, store_settings: StoreSettings, pulse: Pulse) -> None:
+    """Run one worker until it is told to stop; the first sign of life comes with the first round of its loop.
 
     Raises:
         ModelError, SettingError, UnsafeServer: this configuration can never run.
@@ -45,7 +46,7 @@ def serve(settings: WorkerSettings, store_settings: StoreSettings) -> None:
     patiently(share.adjust, stop)
     engine = load(settings, share.threads)
     stop.listen()
-    build(settings, store_settings, engine, stop).run()
+    build(settings, store_settings, engine, stop, pulse).run()
 
 
 def load(settings: WorkerSettings, threads: int) -> EngineProtocol:
@@ -62,12 +63,19 @@ def load(settings: WorkerSettings, threads: int) -> EngineProtocol:
     return Engine.load(_configure(settings, threads))
 
 
-def build(settings: WorkerSettings, store_settings: StoreSettings, engine: EngineProtocol, stop: Stop) -> Worker:
+def build(
+    settings: WorkerSettings,
+    store_settings: StoreSettings,
+    engine: EngineProtocol,
+    stop: Stop,
+    pulse: Pulse | None = None,
+) -> Worker:
     """A worker, registered as soon as Redis is there."""
     store, name = Store.connect(store_settings), settings.worker_name
     card = WorkerCard(name=name, host=socket.gethostname(), pid=os.getpid(), model=engine.card, boot_id=read_boot_id())
-    rq = RqWorker(name, connect(store_settings.redis_url, blocking=True), stop.request)
-    presence = Presence(card, store, rq, settings.beat_seconds)
+    stop.wake_with(store.interrupt)
+    rq = RqWorker(name, connect(store_settings.redis_url), stop.request)
+    presence = Presence(card, store, rq, pulse or Pulse(), settings.beat_seconds)
     patiently(presence.arrive, stop)
     log.info("worker %s serves %s", name, engine.card.name)
     return Worker(engine, store, presence, Upkeep(store, divide_cores(settings, store), settings.tick_seconds), stop)

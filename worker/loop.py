@@ -1,6 +1,7 @@
 """The loop: claim → step → publish → settle, between two steps of one engine. Knows no Redis command and no model.
 
-One thread does everything. The lease is renewed by the loop itself, so a step that never returns stops renewing it.
+One thread does everything. The loop itself renews the lease and gives its parent signs of life, so a step that never
+returns stops both.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from core.bounds import Wire
 from core.errors import EngineChanged, HeadraceError, JobTimeout, StoreUnavailable
-from core.protocol import NOTHING_EMITTED, EngineProtocol
+from core.protocol import EngineProtocol
 from core.request import Emitted, Event, FinishedEvent, FinishReason, TokenEvent
 from jobs.store import ClaimedJob, Store
 from worker.outage import Outage
@@ -20,7 +21,7 @@ from worker.running import Gate, Running
 from worker.stop import Stop
 from worker.upkeep import Upkeep
 
-IDLE_SECONDS = 1.0  #: the longest an idle worker blocks: a job that stock RQ put in wakes nobody
+IDLE_SECONDS = 0.5  #: the longest an idle worker blocks: a job that stock RQ put in wakes nobody
 SUSPENDED_SECONDS = 0.25  #: between two looks whether ``rq resume`` was called
 
 
@@ -57,6 +58,7 @@ class Worker:
             StoreUnavailable: Redis was away when we had to leave: leases run out, and results are computed again.
         """
         while self._going_on():
+            self._presence.sign()
             self._talk()
             self._end_early()
             self._take(self._step())
@@ -72,18 +74,19 @@ class Worker:
         if self._outage.wait_seconds:
             return
         try:
-            self._report()
+            self._hear_report()
             self._renew()
             self._upkeep.do_if_due()
             self._claim()
+            self._outbox.send(self._store)  # last, for Redis writes it to its disk while the next step is computed
         except StoreUnavailable as error:
             self._outage.begin(error)
             self._presence.hurry()  # a claim may have been done and its reply lost: the next beat tells
         else:
             self._outage.end()
 
-    def _report(self) -> None:
-        reported = self._outbox.send(self._store)
+    def _hear_report(self) -> None:
+        reported = self._outbox.hear()
         self._hear(reported.refused, reported.cancels)
 
     def _renew(self) -> None:
@@ -107,6 +110,7 @@ class Worker:
 
     def _start(self, job: ClaimedJob) -> None:
         """Put a claimed job into the engine; one that cannot be computed fails at once."""
+        self._presence.sign()  # many long prompts take long to read
         try:
             if isinstance(job.request, HeadraceError):
                 raise job.request
@@ -118,18 +122,17 @@ class Worker:
         else:
             self._running[job.id] = Running.start(job, self._clock())
 
-    def _read_emitted(self, job: ClaimedJob) -> Emitted:
-        """What earlier attempts have published.
+    def _read_emitted(self, job: ClaimedJob) -> tuple[Emitted, ...]:
+        """What earlier attempts have published, by choice.
 
         Raises:
-            EngineChanged: by an engine whose answer ours would not continue.
+            EngineChanged: by an engine with another vocabulary; the submitter said that any may go on.
         """
         if job.next_event <= 1:
-            return NOTHING_EMITTED
-        emitted, began = self._store.emitted(job.id)
-        ours = self._engine.card.identity
-        if emitted.token_ids and began not in (None, ours):
-            raise EngineChanged(str(began), ours)
+            return ()
+        emitted = self._store.emitted(job.id)
+        if any(token_id >= self._engine.card.vocab_size for choice in emitted for token_id in choice.token_ids):
+            raise EngineChanged(self._engine.card.identity)
         return emitted
 
     def _end_early(self) -> None:
@@ -180,7 +183,8 @@ class Worker:
         try:
             self._store.wait(seconds)
         except StoreUnavailable as error:
-            self._outage.begin(error)
+            if not self._stop.requested:  # being told to stop cuts a wait short
+                self._outage.begin(error)
 
     def _hear(self, lost: Iterable[str], cancels: Iterable[str]) -> None:
         """Drop what is not ours any more: ended by RQ's own tools, or taken from a worker thought dead."""
@@ -206,7 +210,10 @@ class Worker:
 
     def _leave(self) -> None:
         """Hand back what still runs, in its order and with its tokens, and say goodbye."""
-        self._report()
+        self._presence.sign()
+        self._hear_report()
+        self._outbox.send(self._store)
+        self._hear_report()
         self._store.release([(running.job_id, running.attempt) for running in self._running.values()])
         self._presence.leave()
 

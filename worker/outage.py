@@ -8,7 +8,7 @@ from collections.abc import Callable
 log = logging.getLogger("headrace.worker")
 
 FIRST_PAUSE_SECONDS = 0.05
-LONGEST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 0.5
 
 
 class Outage:

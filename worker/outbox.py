@@ -1,10 +1,15 @@
-"""What happened to jobs and is not yet confirmed by Redis: kept in order, through any outage."""
+"""What happened to jobs and is not yet confirmed by Redis: kept in order, through any outage.
+
+A report is sent after a step and its answer read after the next one, so that Redis writes to its disk while the engine
+computes. What was sent stays here until then.
+"""
 
 from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from core.errors import EngineError, HeadraceError
 from core.request import FinishReason, Result, TokenEvent
@@ -21,16 +26,35 @@ OUTCOMES: Mapping[FinishReason, Outcome] = {
 }
 
 
+@dataclass(slots=True, eq=False)
+class Unpublished:
+    """The consecutive events of one attempt that Redis has not confirmed."""
+
+    running: Running
+    first: int  #: number of the first of them
+    events: list[TokenEvent] = field(default_factory=list)
+
+    def publication(self) -> Publication:
+        running = self.running
+        return Publication(job_id=running.job_id, attempt=running.attempt, first=self.first, events=[*self.events])
+
+    def confirm(self, count: int) -> None:
+        """Redis has the first ``count``."""
+        self.running.published += sum(len(event.token_ids) for event in self.events[:count])
+        del self.events[:count]
+        self.first += count
+
+
 class Outbox:
     """Publications and settlements on their way. Sending twice is safe: Redis skips what it has."""
 
     def __init__(self) -> None:
-        self._events: dict[str, list[TokenEvent]] = {}  # by job; an attempt's events are consecutive
-        self._publications: dict[str, Publication] = {}  # each holds its job's list of _events
+        self._unpublished: dict[str, Unpublished] = {}  # by job
         self._settlements: dict[str, Settlement] = {}
+        self._sent: Sent | None = None
 
     def __len__(self) -> int:
-        return len(self._publications) + len(self._settlements)
+        return len(self._unpublished) + len(self._settlements)
 
     @property
     def settling(self) -> dict[str, int]:
@@ -39,21 +63,17 @@ class Outbox:
 
     def publish(self, running: Running, event: TokenEvent) -> None:
         """Take the next token event of a job."""
-        job_id, number = running.job_id, running.next_event
-        if job_id not in self._publications:
-            events = self._events[job_id] = []
-            self._publications[job_id] = Publication(
-                job_id=job_id, attempt=running.attempt, first=number, events=events
-            )
-        self._events[job_id].append(event)
+        if running.job_id not in self._unpublished:
+            self._unpublished[running.job_id] = Unpublished(running, running.next_event)
+        self._unpublished[running.job_id].events.append(event)
         running.next_event += 1
-        running.drawn += len(event.token_ids)
 
     def finish(self, running: Running, result: Result) -> None:
         """Take the result of a job; how it ended is in its choices, or was asked for before there was one."""
         complete = result.token_ids is not None and len(result.token_ids) == result.usage.prompt_tokens
-        reason = result.choices[0].finish_reason if result.choices else running.ending
-        outcome = Outcome.SUCCEEDED if complete or reason is None else OUTCOMES[reason]
+        asked = "stop" if complete or running.ending is None else running.ending
+        outcomes = {OUTCOMES[choice.finish_reason] for choice in result.choices} or {OUTCOMES[asked]}
+        outcome = next(iter(outcomes - {Outcome.SUCCEEDED}), Outcome.SUCCEEDED)  # one choice cut short: so is the job
         settlement = Settlement(job_id=running.job_id, attempt=running.attempt, outcome=outcome, result=result)
         self._settlements[running.job_id] = settlement
 
@@ -73,20 +93,43 @@ class Outbox:
 
     def drop(self, job_id: str) -> None:
         """Forget what was to be said of a job that is not ours any more."""
-        self._publications.pop(job_id, None)
-        self._events.pop(job_id, None)
+        self._unpublished.pop(job_id, None)
         self._settlements.pop(job_id, None)
 
-    def send(self, store: Store) -> Reported:
-        """Write everything in one round trip.
+    def send(self, store: Store) -> None:
+        """Write everything, in one pipeline, without waiting for the answer; ``hear`` first what was sent before.
 
         Raises:
             StoreUnavailable: everything stays, for the next time.
         """
-        if not self:
+        if self:
+            counts = [(each, len(each.events)) for each in self._unpublished.values()]
+            settlements = list(self._settlements.values())
+            answer = store.begin_report([each.publication() for each, _ in counts], settlements)
+            self._sent = Sent(counts, settlements, answer)
+
+    def hear(self) -> Reported:
+        """What became of what was sent.
+
+        Raises:
+            StoreUnavailable: everything stays, to be sent again.
+        """
+        sent, self._sent = self._sent, None
+        if sent is None:
             return Reported()
-        reported = store.report(list(self._publications.values()), list(self._settlements.values()))
-        self._publications.clear()
-        self._events.clear()
-        self._settlements.clear()
+        reported = sent.answer()
+        for each, count in sent.counts:
+            each.confirm(count)
+        self._unpublished = {job_id: each for job_id, each in self._unpublished.items() if each.events}
+        done = {id(settlement) for settlement in sent.settlements}
+        self._settlements = {job_id: each for job_id, each in self._settlements.items() if id(each) not in done}
         return reported
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One report on its way."""
+
+    counts: list[tuple[Unpublished, int]]
+    settlements: list[Settlement]
+    answer: Callable[[], Reported]

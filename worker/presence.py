@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from core.bounds import Wire
 from jobs.store import Beat, Store, WorkerCard
 from worker.outage import Every
+from worker.pulse import Pulse
 from worker.rq_worker import RqWorker, StopCommand
 
 PROMPTLY_SECONDS = 0.2  #: a changed state is shown so soon; not at once, or a short job would cost two beats
@@ -21,6 +22,7 @@ class Presence:
         card: WorkerCard,
         store: Store,
         rq: RqWorker,
+        pulse: Pulse,
         beat_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -28,6 +30,7 @@ class Presence:
         self._card = card
         self._store = store
         self._rq = rq
+        self._pulse = pulse
         self._every = Every(beat_seconds, clock)
         self._shown = ""  # the state that the last beat told
 
@@ -66,6 +69,10 @@ class Presence:
             self._store.release(beat.unknown)
         self._shown, self.suspended = state, beat.suspended
         return beat
+
+    def sign(self) -> None:
+        """Give our parent a sign of life; it kills a process that gives none."""
+        self._pulse.beat()
 
     def hurry(self) -> None:
         """Beat as soon as Redis answers."""

@@ -43,7 +43,7 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
     """
 
     def __init__(self, name: str, connection: Any, request_stop: Callable[[], None]) -> None:
-        """Take a connection of its own, without a socket time-out: the command thread blocks on it."""
+        """Take a client of its own: the command thread listens on it, the loop beats over it."""
         super().__init__([QUEUE], name=name, connection=connection, serializer=JSONSerializer)
         self.stops: deque[StopCommand] = deque()
         self._ask_to_stop = request_stop

@@ -22,7 +22,7 @@ class Running:
     deadline_at: float  #: then it ends as EXPIRED, with what it has
     timeout_at: float  #: then it has failed
     timeout_seconds: float
-    drawn: int = 0  #: tokens of this attempt
+    published: int = 0  #: tokens of this attempt that Redis has
     ending: FinishReason | None = None  #: the engine was told to end it, and why
 
     @classmethod
@@ -41,9 +41,9 @@ class Gate:
         self._hold = False
 
     def opens(self, running: Mapping[str, Running]) -> bool:
-        """Whether jobs may join those that run; what these drew has been published."""
+        """Whether jobs may join those that run."""
         suspect = running.get(self._suspect)
-        if suspect is not None and suspect.drawn < ALONE_TOKENS:
+        if suspect is not None and suspect.published < ALONE_TOKENS:
             return False
         if self._hold and running:
             return False

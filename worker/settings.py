@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jobs.settings import DURABILITIES
+
 ENGINES = ("torch", "instant")
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LONGEST_STALL = 86_400  #: seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +28,7 @@ class WorkerSettings:
     device: str = "auto"
     kv_memory: str = "auto"  #: "auto", or bytes such as "2GiB"
     max_model_len: int = 0  #: tokens; 0: the model's own
-    max_running: int = 32  #: jobs in the engine at once
+    max_running: int = 32  #: sequences in the engine at once
     step_tokens: int = 256  #: token budget of a step
     instant_step_ms: float = 0.0
     durability: str = "fsync"  #: what the server must be able to promise
@@ -36,6 +39,7 @@ class WorkerSettings:
     lease_seconds: float = 10.0  #: a worker silent for so long is taken for dead
     tick_seconds: float = 2.0  #: between two looks for dead workers, deadlines and retries
     drain_seconds: float = 25.0  #: to finish what runs after SIGTERM
+    stall_seconds: int = 30  #: a process whose loop gives no sign for so long is killed; 0: never
     log_level: str = "info"
     hf_token: str = field(default="", repr=False)  #: for the hub
 
@@ -43,11 +47,13 @@ class WorkerSettings:
         _one_of("engine", self.engine, ENGINES)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("device", self.device, DEVICES)
-        _one_of("durability", self.durability, ("fsync", "memory"))
+        _one_of("durability", self.durability, DURABILITIES)
         _one_of("log_level", self.log_level, LOG_LEVELS)
         for name, low in _LEAST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: must be at least {low:g}, not {getattr(self, name)!r}")
+        if self.stall_seconds > LONGEST_STALL:
+            raise ValueError(f"stall_seconds: must be at most {LONGEST_STALL}, not {self.stall_seconds!r}")
 
     @property
     def beat_seconds(self) -> float:
@@ -66,6 +72,7 @@ _LEAST = {
     "lease_seconds": 0.1,
     "tick_seconds": 0.01,
     "drain_seconds": 0,
+    "stall_seconds": 0,
 }
 
 

@@ -19,6 +19,7 @@ class Stop:
         self._parent = os.getppid()
         self._asked_at: float | None = None
         self._until = float("inf")
+        self._wake: Callable[[], object] | None = None
 
     @property
     def requested(self) -> bool:
@@ -39,6 +40,12 @@ class Stop:
             self._until = now
         if os.getppid() != self._parent:
             self._until = now
+        if self._wake is not None:
+            self._wake()
+
+    def wake_with(self, wake: Callable[[], object]) -> None:
+        """Call this at each request: from a signal handler, or from any thread."""
+        self._wake = wake
 
     def listen(self) -> None:
         """Let SIGTERM and SIGINT ask."""

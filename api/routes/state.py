@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from api.answers import json_answer
 from api.context import Context, Here
-from api.metrics import MEDIA_TYPE
+from api.metrics import MEDIA_TYPE, Seen
 from core.errors import StoreError, StoreUnavailable, UnsafeServer
 
 router = APIRouter(tags=["state"])
@@ -34,14 +34,16 @@ async def ready(here: Here) -> Response:
 async def metrics(here: Here) -> Response:
     """For Prometheus."""
     try:
-        text = here.metrics.render(await here.fleet.queue(), await here.fleet.workers())
+        queue, workers = await here.fleet.queue(), await here.fleet.workers()
+        text = here.metrics.render(Seen(queue=queue, workers=workers, memory=await here.store.memory()))
     except StoreError:
-        text = here.metrics.render(None, None)
+        text = here.metrics.render(None)
     return Response(text, media_type=MEDIA_TYPE)
 
 
 async def _reasons(here: Context) -> list[str]:
     try:
+        here.store.check()  # what the fleet remembers may be from before
         await here.fleet.server()
         workers = await here.fleet.workers()
     except UnsafeServer as error:

@@ -29,13 +29,15 @@ RUN_TOKENS = 256
 
 
 def run(invocation: Invocation) -> int:
-    """Stream one answer, from the server that is up or from a private one."""
+    """Stream the first answer and print the others, from the server that is up or from a private one."""
     with _some_server(invocation) as client:
         job = client.submit(_run_body(invocation, client))
         if not invocation.json:
             for piece in client.stream(job.id):
                 print(piece, end="", flush=True)
             print(flush=True)
+            for text in client.get(job.id).texts[1:]:
+                print(f"\n{text}", flush=True)
             return OK
         job = client.wait(job.id)
         print(json.dumps(job.wire, ensure_ascii=False), flush=True)
@@ -110,6 +112,7 @@ async def _submit_all(invocation: Invocation, bodies: Sequence[Mapping[str, Any]
 def _with_options(invocation: Invocation, body: Mapping[str, Any]) -> Mapping[str, Any]:
     arguments = invocation.arguments
     extra = {"model": arguments.model, "deadline_seconds": arguments.deadline_seconds}
+    extra["refuse_if_late"] = arguments.refuse_if_late or None
     return {**body_of(body, **invocation.sampling()), **{k: v for k, v in extra.items() if v is not None}}
 
 
@@ -183,6 +186,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="the model to ask, where several are served")
     parser.add_argument("--deadline-seconds", type=float, metavar="SECONDS", help="give up so long after submission")
+    parser.add_argument("--refuse-if-late", action="store_true", help="take no job that the queue keeps beyond that")
     add_sampling(parser)
 
 

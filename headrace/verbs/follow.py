@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from headrace.answers import Job
 from headrace.client import Client
 from headrace.errors import Overloaded
 from headrace.patience import Patience
-from headrace.settings import SettingError
 from headrace.verbs.verb import CLIENT_SETTINGS, FAILED, OK, UNREACHABLE, Invocation, Verb
 
 SHOWN_CHARACTERS = 100
@@ -47,7 +45,7 @@ def wait(invocation: Invocation) -> int:
     deadline = None if timeout is None else time.monotonic() + timeout
     failed = False
     with invocation.client() as client:
-        for job_id in _ids(invocation.arguments.ids):
+        for job_id in invocation.ids():
             job = client.wait(job_id, None if deadline is None else max(0.0, deadline - time.monotonic()))
             _print_job(invocation, job)
             failed = failed or not job.succeeded
@@ -57,7 +55,7 @@ def wait(invocation: Invocation) -> int:
 def _each(act: Callable[[Client, str], Job]) -> Callable[[Invocation], int]:
     def run(invocation: Invocation) -> int:
         with invocation.client() as client:
-            for job_id in _ids(invocation.arguments.ids):
+            for job_id in invocation.ids():
                 _print_job(invocation, act(client, job_id))
         return OK
 
@@ -110,14 +108,6 @@ def _detail(job: Job) -> str:
         return f": {job.error_message or job.reason}"
     text = " ".join(job.text.split())
     return f": {text[:SHOWN_CHARACTERS]}{'…' if len(text) > SHOWN_CHARACTERS else ''}" if text else ""
-
-
-def _ids(given: Sequence[str]) -> Iterable[str]:
-    """The ids themselves, or from standard input."""
-    ids = sys.stdin.read().split() if list(given) == ["-"] else given
-    if not ids:
-        raise SettingError("no job id was given")
-    return ids
 
 
 def _add_ids(parser: argparse.ArgumentParser) -> None:

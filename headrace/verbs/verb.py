@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from headrace.client import Client
 from headrace.layers import flag
 from headrace.patience import Patience
-from headrace.settings import RULES, Settings
+from headrace.settings import RULES, SettingError, Settings
 
 #: Stable exit codes.
 OK, FAILED, USAGE, UNREACHABLE, TIMED_OUT = 0, 1, 2, 3, 5
@@ -20,6 +20,7 @@ OK, FAILED, USAGE, UNREACHABLE, TIMED_OUT = 0, 1, 2, 3, 5
 CLIENT_SETTINGS = ("url", "api_key", "api_key_file")
 SAMPLING: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (int, "generate at most this many tokens"),
+    "n": (int, "so many answers, each drawn by its own randomness"),
     "temperature": (float, "0 takes the likeliest token"),
     "top_p": (float, "keep the likeliest tokens whose probabilities reach this sum"),
     "top_k": (int, "keep this many likeliest tokens"),
@@ -54,6 +55,18 @@ class Invocation:
     def client(self, patience: Patience | None = None) -> Client:
         """A client of the server that the settings name."""
         return Client(self.settings.url, api_key=self.settings.read_api_key(), patience=patience)
+
+    def ids(self) -> Sequence[str]:
+        """The ids that were typed, or for ``-`` those on standard input.
+
+        Raises:
+            SettingError: there is none.
+        """
+        given: Sequence[str] = self.arguments.ids
+        ids = sys.stdin.read().split() if list(given) == ["-"] else given
+        if not ids:
+            raise SettingError("no job id was given")
+        return ids
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that were given."""

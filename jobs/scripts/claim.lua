@@ -1,11 +1,20 @@
 #!lua flags=allow-oom
--- Take jobs and mark them started, in one go. ARGV: ttl, worker, room, running, model, engine, looks.
+-- Take jobs and mark them started, in one go. ARGV: ttl, worker, room, running, model, engine, looks, identity of the
+-- engine, patience for a job that waits for another in ms.
 -- Ids of ended jobs fall out here, jobs for other models go to those models' lists; `looks` bounds the work of a call.
 -- Answers {jobs, alone, hold, more}; a job is {id, attempt, next event, crashes, ms to its deadline, fields of RQ's}.
 local worker, room, running, model = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), string.lower(ARGV[5])
-local engine, looks = ARGV[6], tonumber(ARGV[7])
+local engine, looks, identity, patience = ARGV[6], tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
 local SUSPECT_WAIT, HOLD_FOR = 2000, 60000 -- milliseconds
 local taken = {}
+
+-- Whether this engine may compute the job: it begins the answer, goes on as whoever began would, or may start it over.
+local function may_resume(id, job)
+  if job.tokens == 0 or job.engine == identity or job.resume == 'any' then return true end
+  if job.resume == 'wait' or job.read then return false end
+  start_over(id, job)
+  return true
+end
 
 local function is_ours(job) return not job.model or job.model == '' or string.lower(job.model) == model end
 
@@ -14,9 +23,11 @@ local function take(id, job)
   local at, key = stamp(), K.job .. id
   local attempt = call('HINCRBY', key, 'attempt', 1)
   local member = id .. ':' .. attempt
+  if job.tokens == 0 then call('HSET', key, 'engine', identity) end
   log(id, job, 'a', attempt, 'e', engine)
   move(id, job, 'running')
-  call('HDEL', key, 'cancel_requested', 'suspect_at')
+  call('HDEL', key, 'cancel_requested', 'suspect_at', 'waiting_for')
+  call('ZREM', K.waits, id)
   call('HSET', key, 'status', 'started', 'started_at', at, 'last_heartbeat', at, 'worker_name', worker, 'place',
     'running', 'events', job.events)
   call('PERSIST', key)
@@ -52,6 +63,8 @@ local function pop(list, trusted)
       requeue(id, job, 'suspects')
     elseif job and not is_ours(job) then
       requeue(id, job, 'back')
+    elseif job and not may_resume(id, job) then
+      wait_for_like(id, job, patience)
     elseif job then
       return id, job
     end
@@ -80,7 +93,7 @@ for _, list in ipairs({K.suspects .. '.' .. model, K.suspects}) do
     end
   end
 end
-for _, list in ipairs({K.model_ready .. model, K.ready}) do
+for _, list in ipairs({K.like .. identity, K.model_ready .. model, K.ready}) do
   while #taken < room do
     local id, job = pop(list)
     if not id then break end
@@ -88,6 +101,7 @@ for _, list in ipairs({K.model_ready .. model, K.ready}) do
   end
 end
 if #taken < room and looks > 0 and count('queued') == 0 then
-  call('SET', K.passed, call('GET', K.tickets) or 0) -- nobody waits: the estimate starts afresh
+  local tickets = call('GET', K.tickets) or '0' -- nobody waits: the estimate starts afresh
+  if call('GET', K.passed) ~= tickets then call('SET', K.passed, tickets) end -- a write costs the disk's time
 end
 return {taken, 0, 0, #taken < room and looks == 0 and 1 or 0}

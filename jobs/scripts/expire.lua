@@ -1,21 +1,30 @@
 #!lua flags=allow-oom
--- End queued jobs whose deadline has passed, and forget ended jobs whose time is over. ARGV: ttl, bound.
--- Answers {expired, forgotten, more}.
-local bound = tonumber(ARGV[2])
+-- End queued jobs whose deadline has passed or that waited too long for the like of their engine, forget ended jobs
+-- whose time is over, and finish packing long logs. ARGV: ttl, bound. Answers {done, more}.
+local bound, done = tonumber(ARGV[2]), 0
+local LOST = '{"code":"engine_changed","message":"engine %s began this answer and no worker of its kind came back in '
+  .. 'time; retry the job to start it again","param":null}'
 local due = call('ZRANGEBYSCORE', K.deadlines, '-inf', NOW, 'LIMIT', 0, bound)
-local expired = 0
 for _, id in ipairs(due) do
   local job = load(id)
   call('ZREM', K.deadlines, id)
   if job and job.state == 'queued' then
     expire(id, job)
-    expired = expired + 1
+    done = done + 1
   elseif job then
     note_end(id, job)
   end
 end
+local waited = call('ZRANGEBYSCORE', K.waits, '-inf', NOW, 'LIMIT', 0, bound)
+for _, id in ipairs(waited) do
+  local job = load(id)
+  call('ZREM', K.waits, id)
+  if job and job.state == 'queued' and job.waiting_for then
+    finish(id, job, 'failed', {reason = 'engine_changed', error = string.format(LOST, job.engine), exc = EXC.engine})
+    done = done + 1
+  end
+end
 local old = call('ZRANGEBYSCORE', K.retention, '-inf', NOW, 'LIMIT', 0, bound)
-local forgotten = 0
 for _, id in ipairs(old) do
   local job = load(id)
   call('ZREM', K.retention, id)
@@ -28,7 +37,10 @@ for _, id in ipairs(old) do
       for _, state in ipairs(STATES) do call('ZREM', K.index .. kind .. ':' .. state, id) end
     end
     call('DEL', K.events .. id)
-    forgotten = forgotten + 1
+    call('SREM', K.unpacked, id)
+    done = done + 1
   end
 end
-return {expired, forgotten, (#due == bound or #old == bound) and 1 or 0}
+local left = call('SRANDMEMBER', K.unpacked, 4)
+for _, id in ipairs(left) do pack_log(id, true) end
+return {done, (#due == bound or #waited == bound or #old == bound or #left > 0) and 1 or 0}

@@ -1,3 +1,3 @@
 #!lua flags=no-writes,allow-oom
--- A job's events from a number on. ARGV: ttl, id, number. Answers stream entries.
-return call('XRANGE', K.events .. ARGV[2], (tonumber(ARGV[3]) + 1) .. '-0', '+')
+-- A job's log from a number on, as read_log answers it. ARGV: ttl, id, number.
+return read_log(ARGV[2], tonumber(ARGV[3]))

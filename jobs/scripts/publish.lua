@@ -15,7 +15,7 @@ if job.status ~= 'started' and job.status ~= 'queued' then
   return 0
 end
 if first > job.events then return redis.error_reply('ERR headrace: event ' .. first .. ' leaves a hole after ' .. job.events) end
-local number, tokens = first, 0
+local number, tokens, bytes, first_token = first, 0, 0, nil
 for i = 5, #ARGV, 4 do
   if number >= job.events then
     local text, ids, index, logprobs = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
@@ -27,14 +27,16 @@ for i = 5, #ARGV, 4 do
     end
     if index ~= '0' then entry[#entry + 1] = 'x'; entry[#entry + 1] = index end
     if logprobs ~= '' then entry[#entry + 1] = 'l'; entry[#entry + 1] = logprobs end
+    first_token, bytes = first_token or number, bytes + #text
     log(id, job, unpack(entry))
   end
   number = number + 1
 end
-if tokens > 0 then
-  call('HSET', K.job .. id, 'events', job.events, 'tokens', job.tokens + tokens, 'published_attempt', attempt)
-  call('HSETNX', K.job .. id, 'first_token_at', string.format('%.3f', NOW_US / 1000))
-else
-  call('HSET', K.job .. id, 'events', job.events)
+if first_token then
+  call('HSET', K.job .. id, 'events', job.events, 'tokens', job.tokens + tokens, 'text_bytes', job.text_bytes + bytes)
+  if job.tokens == 0 then
+    call('HSET', K.job .. id, 'first_token', first_token, 'first_token_at', string.format('%.3f', NOW_US / 1000))
+  end
+  if job.published_attempt ~= attempt then call('HSET', K.job .. id, 'published_attempt', attempt) end
 end
 return job.cancel_requested and 4 or 1

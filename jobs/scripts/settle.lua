@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- End an attempt. ARGV: ttl, id, attempt, outcome, events that must be logged first, permanent (1 or 0), return value,
--- error, RQ's exc_string ('' for none). Answers 1 done, 3 done and others depend on it, 2 was done before,
+-- error, RQ's exc_string ('' for none), bytes of the value's texts. Answers 1 done, 3 done and others depend on it, 2 was done before,
 -- 0 refused: not the job's attempt, -1 refused for now: events are missing.
 local id, attempt, outcome, wanted = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
 local permanent = ARGV[6] == '1'
@@ -43,7 +43,7 @@ if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ 
   end
   return 1
 end
-local how = {value = given(7), error = given(8), exc = given(9), began = began}
+local how = {value = given(7), error = given(8), exc = given(9), text_bytes = tonumber(given(10))}
 if outcome == 'expired' then how.reason, how.exc = 'deadline', EXC.deadline end
 if outcome == 'cancelled' and not job.cancel_requested then how.status = 'stopped' end -- RQ's send_stop_job_command
 return finish(id, job, outcome, how) and 3 or 1

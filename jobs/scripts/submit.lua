@@ -1,20 +1,27 @@
 #!lua
--- Create a job, once. ARGV: ttl, id, kind, model, deadline in ms or '', max queued, data, then more fields of the hash.
--- Answers {1, job} when created, {0, job, data} for a known id, {-1, queued, seconds to wait} when the queue is full.
-local id, kind, model, deadline, limit, data = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+-- Create a job, once. ARGV: ttl, id, kind, model, deadline in ms or '', max queued, whether memory is full (1 or 0),
+-- whether to refuse what would be late (1 or 0), data, then more fields of the hash.
+-- Answers {1, job} when created, {0, job, data} for a known id, and refused: {-1, queued, seconds to wait} the queue is
+-- full, {-2} memory is, {-3, seconds} its turn comes too late.
+local id, kind, model, deadline, limit, data = ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[9]
 if call('EXISTS', K.job .. id) == 1 then
   call('INCR', K.repeats)
   return {0, read(id), call('HGET', K.job .. id, 'data')}
 end
+if ARGV[7] == '1' then return {-2, 0} end
 local queued = count('queued')
 if queued >= limit then
   local speed = rate()
   local seconds = speed > 0 and math.ceil((queued - limit + 1) / speed) or 120
   return {-1, queued, math.min(math.max(seconds, 1), 120)}
 end
+if ARGV[8] == '1' and deadline then
+  local speed = rate() -- 0: nothing ended of late, so nobody knows, and a guess refuses nobody
+  if speed > 0 and queued / speed * 1000 > deadline then return {-3, math.ceil(queued / speed)} end
+end
 local at = stamp()
 call('HSET', K.job .. id, 'status', 'queued', 'data', data, 'kind', kind, 'place', 'queued', 'created_at', at,
-  'enqueued_at', at, 'ticket', call('INCR', K.tickets), unpack(ARGV, 8))
+  'enqueued_at', at, 'ticket', call('INCR', K.tickets), unpack(ARGV, 10))
 if model ~= '' then call('HSET', K.job .. id, 'model', model) end
 if deadline then
   call('HSET', K.job .. id, 'deadline_at', NOW + deadline, 'deadline_in', deadline)

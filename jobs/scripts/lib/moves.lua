@@ -1,91 +1,4 @@
--- What all scripts share. K: the keys; SEEN: the fields that answer a poll; EXC: RQ's texts for ends nobody computed.
--- ARGV[1] is always how long jobs are kept that do not say so themselves, in seconds.
-local call = redis.call
-local clock = call('TIME')
-local SECONDS = tonumber(clock[1])
-local NOW_US = SECONDS * 1000000 + tonumber(clock[2])
-local NOW = math.floor(NOW_US / 1000)
-local KEEP = tonumber(ARGV[1])
-local NEVER = 4102444800 -- 2100: RQ's clean-ups, on anybody's clock, leave live executions alone
-local KINDS = {'generate', 'predict'}
-local STATES = {'queued', 'running', 'succeeded', 'failed', 'cancelled', 'expired'}
-local STATUS = {succeeded = 'finished', failed = 'failed', expired = 'failed', cancelled = 'canceled'}
-local REGISTRY = {finished = K.finished, failed = K.failed, stopped = K.failed, canceled = K.canceled}
-local FIELDS = {
-  'status', 'attempt', 'crashes', 'kind', 'model', 'place', 'reason', 'events', 'tokens', 'ticket', 'closed',
-  'settled', 'published_attempt', 'cancel_requested', 'deadline_at', 'suspect_at', 'result_ttl', 'failure_ttl',
-  'worker_name', 'ended_at', 'rate_limit_key',
-}
-local NUMBERS = {
-  'attempt', 'crashes', 'events', 'tokens', 'ticket', 'settled', 'published_attempt', 'suspect_at',
-}
-
--- Now, as RQ writes times: 2026-01-02T03:04:05.678901Z.
-local function stamp()
-  local days = math.floor(SECONDS / 86400) + 719468
-  local era = math.floor(days / 146097)
-  local doe = days - era * 146097
-  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
-  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
-  local mp = math.floor((5 * doy + 2) / 153)
-  local day, month = doy - math.floor((153 * mp + 2) / 5) + 1, mp < 10 and mp + 3 or mp - 9
-  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
-  local rest = SECONDS % 86400
-  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day, math.floor(rest / 3600),
-    math.floor(rest / 60) % 60, rest % 60, NOW_US % 1000000)
-end
-
-local function state_of(status, reason)
-  if status == 'started' then return 'running' end
-  if status == 'finished' then return 'succeeded' end
-  if status == 'canceled' or status == 'stopped' then return 'cancelled' end
-  if status == 'failed' then return reason == 'deadline' and 'expired' or 'failed' end
-  return 'queued' -- RQ's queued, scheduled, deferred, rate_limited, ready_to_enqueue, created
-end
-
-local function is_final(state) return state ~= 'queued' and state ~= 'running' end
-
--- The job's fields that scripts decide by; nil when it is unknown.
-local function load(id)
-  local values = call('HMGET', K.job .. id, unpack(FIELDS))
-  if not values[1] then return nil end
-  local job = {}
-  for i, name in ipairs(FIELDS) do job[name] = values[i] end
-  for _, name in ipairs(NUMBERS) do job[name] = tonumber(job[name] or 0) end
-  job.deadline_at = tonumber(job.deadline_at or nil)
-  job.state = state_of(job.status, job.reason)
-  job.kind = job.kind or 'generate' -- put in by stock RQ: the first worker that claims it finds out
-  return job
-end
-
--- What a poll answers: SEEN's values, then the last result entry, then the counter behind queue positions.
-local function read(id)
-  local row = call('HMGET', K.job .. id, unpack(SEEN))
-  if not row[1] then return false end
-  local last = is_final(state_of(row[1])) and call('XREVRANGE', K.results .. id, '+', '-', 'COUNT', 1)[1]
-  row[#SEEN + 1] = last and last[2] or false
-  row[#SEEN + 2] = call('GET', K.passed)
-  row[#SEEN + 3] = id
-  return row
-end
-
--- Move the job's entry of the index to a state; nil takes it out.
-local function move(id, job, state)
-  if job.place == state then return end
-  local score = NOW_US
-  if job.place then
-    score = call('ZSCORE', K.index .. job.kind .. ':' .. job.place, id) or NOW_US
-    call('ZREM', K.index .. job.kind .. ':' .. job.place, id)
-  end
-  if state then call('ZADD', K.index .. job.kind .. ':' .. state, score, id) end
-  job.place = state
-end
-
--- Append event number job.events; the caller writes job.events to the hash.
-local function log(id, job, ...)
-  call('XADD', K.events .. id, (job.events + 1) .. '-0', ...)
-  job.events = job.events + 1
-end
+-- What happens to a job: every script moves it by these.
 
 local function wake(list)
   call('LPUSH', list, 1)
@@ -119,6 +32,8 @@ local function unlist(id)
   call('ZREM', K.deferred, id)
   call('ZREM', K.retention, id)
   call('ZREM', K.deadlines, id)
+  call('ZREM', K.waits, id)
+  call('ZREM', K.dead, id)
 end
 
 -- Remove every trace of a job. Its log stays a minute for those who read it now.
@@ -142,7 +57,7 @@ local function retain(id, job, seconds)
   call('ZADD', K.retention, NOW + seconds * 1000, id)
   call('EXPIRE', K.job .. id, seconds)
   call('EXPIRE', K.results .. id, seconds)
-  call('EXPIRE', K.events .. id, seconds)
+  if call('PTTL', K.events .. id) < 0 then call('EXPIRE', K.events .. id, seconds) end
 end
 
 -- The entry of RQ's result stream for how an attempt ended.
@@ -152,9 +67,6 @@ local function write_result(id, job, status, how)
   local function add(name, value) if value then entry[#entry + 1] = name; entry[#entry + 1] = value end end
   add('return_value', how.value)
   add('exc_string', how.exc)
-  add('execution_id', job.attempt > 0 and job.attempt)
-  add('execution_started_at', how.began)
-  add('execution_ended_at', string.format('%.6f', NOW_US / 1000000))
   call('XADD', K.results .. id, 'MAXLEN', '~', 10, '*', unpack(entry))
 end
 
@@ -162,12 +74,13 @@ end
 -- this to whoever meets the job first: its mark is a job that waits and is `closed`.
 local function reopen(id, job)
   call('DEL', K.events .. id)
-  call('HDEL', K.job .. id, 'reason', 'error', 'expires_at', 'closed', 'first_token_at', 'cancel_requested')
-  call('HSET', K.job .. id, 'tokens', 0)
+  call('SREM', K.unpacked, id)
+  call('HDEL', K.job .. id, 'reason', 'error', 'expires_at', 'closed', 'first_token_at', 'cancel_requested', 'read', 'log')
+  call('HSET', K.job .. id, 'tokens', 0, 'text_bytes', 0)
   call('PERSIST', K.job .. id)
   call('PERSIST', K.results .. id)
   unlist(id)
-  job.closed, job.tokens, job.cancel_requested = false, 0, false
+  job.closed, job.tokens, job.text_bytes, job.cancel_requested = false, 0, 0, false
   local patience = tonumber(call('HGET', K.job .. id, 'deadline_in') or nil)
   if patience then
     job.deadline_at = NOW + patience
@@ -175,7 +88,11 @@ local function reopen(id, job)
   end
 end
 
--- End a job: the only way into a final state. how: status, reason, error, value, exc, began.
+-- What is of use only while a job is unfinished.
+local FLEETING = {'cancel_requested', 'published_attempt', 'first_token', 'read', 'engine', 'waiting_for',
+  'last_heartbeat', 'suspect_at', 'text_bytes'}
+
+-- End a job: the only way into a final state. how: status, reason, error, value, text_bytes (of the value), exc.
 local function finish(id, job, state, how)
   how = how or {}
   local status = how.status or STATUS[state]
@@ -189,10 +106,13 @@ local function finish(id, job, state, how)
   set('reason', how.reason)
   set('error', how.error)
   call('HSET', K.job .. id, unpack(change))
-  call('HDEL', K.job .. id, 'cancel_requested')
+  call('HDEL', K.job .. id, unpack(FLEETING))
+  if job.ticket == 0 then call('HDEL', K.job .. id, 'ticket') end
+  if state == 'succeeded' then call('HDEL', K.job .. id, 'deaths') end
   write_result(id, job, status, how)
   local seconds = keep(job)
   call('ZADD', REGISTRY[status], status == 'canceled' and SECONDS or seconds < 0 and '+inf' or SECONDS + seconds, id)
+  if how.reason == 'poison_job' then call('ZADD', K.dead, NOW, id) end
   if state == 'succeeded' or state == 'failed' then
     local bucket = K.rate .. math.floor(SECONDS / 10)
     call('INCR', bucket)
@@ -201,6 +121,7 @@ local function finish(id, job, state, how)
   local dependents = job.rate_limit_key or call('EXISTS', K.job .. id .. ':dependents') == 1
   if dependents then call('SADD', K.dependents, id) end
   if seconds == 0 and dependents then seconds = 60 end -- RQ's code still has to look at it
+  if seconds ~= 0 then pack_log(id, how.text_bytes ~= job.text_bytes) end
   retain(id, job, seconds)
   return dependents
 end
@@ -218,7 +139,18 @@ local function note_end(id, job)
   call('HDEL', K.job .. id, 'cancel_requested')
   if not job.ended_at or job.ended_at == '' then call('HSET', K.job .. id, 'ended_at', stamp()) end
   call('ZREM', K.deadlines, id)
+  pack_log(id, true)
   if call('TTL', K.job .. id) < 0 then retain(id, job, math.max(keep(job), 1)) end
+end
+
+-- Let a job whose answer another engine began wait for its like, for `patience` milliseconds.
+local function wait_for_like(id, job, patience)
+  if job.waiting_for == job.engine then return end -- it is in that list already
+  call('RPUSH', K.like .. job.engine, id)
+  call('SADD', K.queues, K.like .. job.engine)
+  call('ZADD', K.waits, NOW + patience, id)
+  call('HSET', K.job .. id, 'waiting_for', job.engine)
+  wake(K.wake .. '.' .. job.engine)
 end
 
 -- Back into a list: 'front', 'back' or 'suspects'. The job's status is set here, its attempt never.
@@ -239,21 +171,4 @@ end
 local function put_back(id, job)
   if job.cancel_requested then return finish(id, job, 'cancelled') end
   requeue(id, job, job.crashes >= 2 and 'suspects' or 'front')
-end
-
--- Jobs ended per second, over the last minute.
-local function rate()
-  local bucket, total, oldest = math.floor(SECONDS / 10), 0, nil
-  for b = bucket - 6, bucket do
-    local count = tonumber(call('GET', K.rate .. b) or 0)
-    if count > 0 then oldest = oldest or b end
-    total = total + count
-  end
-  return oldest and total / math.max(10, NOW / 1000 - oldest * 10) or 0
-end
-
-local function count(state)
-  local total = 0
-  for _, kind in ipairs(KINDS) do total = total + call('ZCARD', K.index .. kind .. ':' .. state) end
-  return total
 end

@@ -1,0 +1,95 @@
+"""What the worker's loop costs beside the engine: its seconds outside ``step()`` over the engine's inside it.
+
+    python -m benchmarks.publishing --dtype float32 bfloat16
+
+The workload of ``benchmarks.workload`` runs through a real worker process (32 rows) and a Valkey of its own that syncs
+each write to the disk; what happens in a step is published by one pipeline after it. Prints the median of the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from benchmarks.queue_depth import serving
+from benchmarks.rig import await_it, describe_machine, find, running_workers
+from benchmarks.workload import RUNNING, Item, english, make_workload
+from core.models.source import resolve
+from core.request import Request, SamplingParams
+from jobs.job import NewJob
+from jobs.settings import StoreSettings
+from jobs.store import Store
+
+BEAT_SECONDS = 2.5  #: after so long a worker has told its counters again
+numbers = itertools.count()
+
+
+def main() -> None:
+    """Measure each dtype, and print one line for it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="alias, folder or hub name")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    folder = resolve(arguments.model)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    items = make_workload(tokenizer(english())["input_ids"])
+    print("| dtype | loop outside step() over step(), median | runs | steps a run | ms a step: engine, loop |")
+    print("|---|---|---|---|---|", flush=True)
+    for dtype in arguments.dtype:
+        with serving() as url:
+            print(row(dtype, measure(url, folder, dtype, items, arguments.repeats)), flush=True)
+    print(f"\n{describe_machine()}, {time.strftime('%Y-%m-%d')}, `python -m benchmarks.publishing`")
+
+
+def measure(url: str, folder: Path, dtype: str, items: Sequence[Item], repeats: int) -> list[dict[str, float]]:
+    """The worker's counters of each run, after a warm-up."""
+    store = Store(StoreSettings(redis_url=url))
+    with running_workers(url, 1, model=folder, dtype=dtype, max_running=RUNNING):
+        await_it(lambda: find(store, "bench0"), "worker")
+        counters = [run(store, items[:4])]
+        for _ in range(repeats):
+            counters.append(run(store, items))
+    store.close()
+    names = ("loop_seconds", "step_seconds", "steps")
+    return [{name: after[name] - before[name] for name in names} for before, after in itertools.pairwise(counters)]
+
+
+def run(store: Store, items: Sequence[Item]) -> dict[str, float]:
+    """Queue the items, wait for their ends; what the worker has counted since it was born."""
+    ids = [submit(store, item) for item in items]
+    await_it(lambda: not (store.queue().queued or store.queue().running), "end", seconds=300)
+    if any(store.get(job_id).state != "succeeded" for job_id in ids):
+        raise SystemExit("a job did not succeed")
+    time.sleep(BEAT_SECONDS)
+    return dict(await_it(lambda: find(store, "bench0"), "worker").stats)
+
+
+def submit(store: Store, item: Item) -> str:
+    params = SamplingParams(max_tokens=item.answer_tokens, ignore_eos=True)
+    job_id = f"job_{next(numbers):032x}"
+    store.submit(NewJob(id=job_id, request=Request(token_ids=item.token_ids, params=params)))
+    return job_id
+
+
+def row(dtype: str, runs: list[dict[str, float]]) -> str:
+    """One line of the table."""
+    ratios = [each["loop_seconds"] / each["step_seconds"] for each in runs]
+    steps = statistics.median(each["steps"] for each in runs)
+    engine, loop = (
+        statistics.median(each[name] / each["steps"] for each in runs) * 1000
+        for name in ("step_seconds", "loop_seconds")
+    )
+    cells = f"{min(ratios):.2%} … {max(ratios):.2%} | {steps:.0f} | {engine:.1f}, {loop:.2f}"
+    return f"| {dtype} | {statistics.median(ratios):.2%} | {cells} |"
+
+
+if __name__ == "__main__":
+    main()

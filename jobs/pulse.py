@@ -1,0 +1,96 @@
+"""Whether the server answers just now, so that a call on one that hangs fails at once. Knows no job and no script."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+import redis
+import redis.asyncio
+from redis.exceptions import AuthenticationError, ResponseError
+
+from core.errors import StoreUnavailable
+
+log = logging.getLogger("headrace.jobs.pulse")
+
+PAUSE_SECONDS = 0.25  #: between two pings
+SILENCE_SECONDS = 0.5  #: a server that answers no ping for so long is away
+
+
+class Pulse:
+    """Pings on a connection of its own; while nothing comes back, what is ``beating`` fails at once.
+
+    Together the constants above keep "away" known in less than a second, and "back" in less than that.
+    """
+
+    def __init__(self, client: redis.asyncio.Redis) -> None:
+        """Take a client of its own; nothing is sent before the first call."""
+        self._client = client
+        self._task: asyncio.Task[None] | None = None
+        self._calls: set[asyncio.Timeout] = set()
+        self._lost: str | None = None  #: what is wrong; None while the server answers
+
+    def check(self) -> None:
+        """Raise StoreUnavailable while the server is away."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+        if self._lost is not None:
+            raise StoreUnavailable(self._lost)
+
+    @contextlib.asynccontextmanager
+    async def beating(self) -> AsyncIterator[None]:
+        """What happens inside ends when the pulse is lost.
+
+        Raises:
+            StoreUnavailable: it is lost, or was lost on the way: what was sent may have been done.
+        """
+        self.check()
+        limit = asyncio.timeout(None)
+        try:
+            async with limit:
+                self._calls.add(limit)
+                yield
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise StoreUnavailable(self._lost or "it does not answer") from error
+        finally:
+            self._calls.discard(limit)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        await self._client.aclose()
+
+    async def _run(self) -> None:
+        while True:
+            self._note(await self._look())
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    def _note(self, problem: str | None) -> None:
+        if (problem is None) != (self._lost is None):
+            log.warning("the job store is away: %s", problem) if problem else log.warning("the job store is back")
+        self._lost = problem
+        if problem is not None:
+            for limit in self._calls:
+                limit.reschedule(asyncio.get_running_loop().time())
+
+    async def _look(self) -> str | None:
+        """What is wrong with the server; None when it answers, be it with a refusal that callers will hear, too."""
+        ping = asyncio.ensure_future(self._client.ping())
+        try:
+            await asyncio.wait({ping}, timeout=SILENCE_SECONDS)
+            if not ping.done():
+                return f"no answer within {SILENCE_SECONDS:g} s"
+            ping.result()
+        except (ResponseError, AuthenticationError):
+            return None
+        except (redis.RedisError, OSError) as error:
+            return str(error) or type(error).__name__
+        finally:
+            ping.cancel()
+            await asyncio.wait({ping})
+        return None

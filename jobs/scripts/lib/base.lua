@@ -1,0 +1,105 @@
+-- What all scripts share: the clock, and a job as read. K: the keys; SEEN: the fields that answer a poll; EXC: RQ's texts for ends nobody computed.
+-- ARGV[1] is always how long jobs are kept that do not say so themselves, in seconds.
+local call = redis.call
+local clock = call('TIME')
+local SECONDS = tonumber(clock[1])
+local NOW_US = SECONDS * 1000000 + tonumber(clock[2])
+local NOW = math.floor(NOW_US / 1000)
+local KEEP = tonumber(ARGV[1])
+local NEVER = 4102444800 -- 2100: RQ's clean-ups, on anybody's clock, leave live executions alone
+local KINDS = {'generate', 'predict'}
+local STATES = {'queued', 'running', 'succeeded', 'failed', 'cancelled', 'expired'}
+local STATUS = {succeeded = 'finished', failed = 'failed', expired = 'failed', cancelled = 'canceled'}
+local REGISTRY = {finished = K.finished, failed = K.failed, stopped = K.failed, canceled = K.canceled}
+local FIELDS = {
+  'status', 'attempt', 'crashes', 'kind', 'model', 'place', 'reason', 'events', 'tokens', 'ticket', 'closed',
+  'settled', 'published_attempt', 'cancel_requested', 'deadline_at', 'suspect_at', 'result_ttl', 'failure_ttl',
+  'worker_name', 'ended_at', 'rate_limit_key', 'engine', 'resume', 'waiting_for', 'read', 'first_token',
+  'text_bytes',
+}
+local NUMBERS = {
+  'attempt', 'crashes', 'events', 'tokens', 'ticket', 'settled', 'published_attempt', 'suspect_at', 'first_token',
+  'text_bytes',
+}
+
+-- Now, as RQ writes times: 2026-01-02T03:04:05.678901Z.
+local function stamp()
+  local days = math.floor(SECONDS / 86400) + 719468
+  local era = math.floor(days / 146097)
+  local doe = days - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day, month = doy - math.floor((153 * mp + 2) / 5) + 1, mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  local rest = SECONDS % 86400
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%06dZ', year, month, day, math.floor(rest / 3600),
+    math.floor(rest / 60) % 60, rest % 60, NOW_US % 1000000)
+end
+
+local function state_of(status, reason)
+  if status == 'started' then return 'running' end
+  if status == 'finished' then return 'succeeded' end
+  if status == 'canceled' or status == 'stopped' then return 'cancelled' end
+  if status == 'failed' then return reason == 'deadline' and 'expired' or 'failed' end
+  return 'queued' -- RQ's queued, scheduled, deferred, rate_limited, ready_to_enqueue, created
+end
+
+local function is_final(state) return state ~= 'queued' and state ~= 'running' end
+
+-- The job's fields that scripts decide by; nil when it is unknown.
+local function load(id)
+  local values = call('HMGET', K.job .. id, unpack(FIELDS))
+  if not values[1] then return nil end
+  local job = {}
+  for i, name in ipairs(FIELDS) do job[name] = values[i] end
+  for _, name in ipairs(NUMBERS) do job[name] = tonumber(job[name] or 0) end
+  job.deadline_at = tonumber(job.deadline_at or nil)
+  job.state = state_of(job.status, job.reason)
+  job.kind = job.kind or 'generate' -- put in by stock RQ: the first worker that claims it finds out
+  return job
+end
+
+-- What a poll answers: SEEN's values, the last result entry, what of the log is not packed, the counter
+-- behind queue positions, and the id.
+local function read(id)
+  local row = call('HMGET', K.job .. id, unpack(SEEN))
+  if not row[1] then return false end
+  local over = is_final(state_of(row[1]))
+  local last = over and call('XREVRANGE', K.results .. id, '+', '-', 'COUNT', 1)[1]
+  local unpacked = over and call('SISMEMBER', K.unpacked, id) == 1
+  row[#SEEN + 1] = last and last[2] or false
+  row[#SEEN + 2] = unpacked and call('XRANGE', K.events .. id, '-', '+') or false
+  row[#SEEN + 3] = call('GET', K.passed)
+  row[#SEEN + 4] = id
+  return row
+end
+
+-- Move the job's entry of the index to a state; nil takes it out.
+local function move(id, job, state)
+  if job.place == state then return end
+  local score = NOW_US
+  if job.place then
+    score = call('ZSCORE', K.index .. job.kind .. ':' .. job.place, id) or NOW_US
+    call('ZREM', K.index .. job.kind .. ':' .. job.place, id)
+  end
+  if state then call('ZADD', K.index .. job.kind .. ':' .. state, score, id) end
+  job.place = state
+end
+
+-- Jobs ended per second, over the last minute.
+local function rate()
+  local bucket, total, oldest = math.floor(SECONDS / 10), 0, nil
+  for b = bucket - 6, bucket do
+    local count = tonumber(call('GET', K.rate .. b) or 0)
+    if count > 0 then oldest = oldest or b end
+    total = total + count
+  end
+  return oldest and total / math.max(10, NOW / 1000 - oldest * 10) or 0
+end
+
+local function count(state)
+  local total = 0
+  for _, kind in ipairs(KINDS) do total = total + call('ZCARD', K.index .. kind .. ':' .. state) end
+  return total
+end

@@ -1,0 +1,93 @@
+-- A job's log: a stream while it runs; once it has ended, one packed field of its hash (jobs/logs.py reads both).
+
+local PIECE = 4096 -- events packed in one call
+
+-- Append event number job.events; the caller writes job.events to the hash.
+local function log(id, job, ...)
+  call('XADD', K.events .. id, (job.events + 1) .. '-0', ...)
+  job.events = job.events + 1
+end
+
+local function varint(number)
+  if number < 128 then return string.char(number) end
+  local bytes = {}
+  while number >= 128 do
+    bytes[#bytes + 1] = string.char(number % 128 + 128)
+    number = math.floor(number / 128)
+  end
+  bytes[#bytes + 1] = string.char(number)
+  return table.concat(bytes)
+end
+
+-- One entry of the stream, packed: the length of its text times 4, plus what it is: 0 a token with one id, of the first
+-- choice and without log-probabilities, 1 any other token event, 2 started, 3 finished.
+local function pack(fields, inline)
+  if fields[1] == 'f' then return varint(3) end
+  if fields[1] == 'a' then return varint(4 * #fields[4] + 2) .. varint(tonumber(fields[2])) .. fields[4] end
+  local text = fields[2]
+  local body = inline and text or ''
+  if #fields == 4 and fields[3] == 'i' and not string.find(fields[4], ' ', 1, true) then
+    return varint(4 * #text) .. varint(tonumber(fields[4])) .. body
+  end
+  local ids, index, logprobs, count = {}, 0, '', 0
+  for i = 3, #fields, 2 do
+    local name, value = fields[i], fields[i + 1]
+    if name == 'x' then index = tonumber(value) end
+    if name == 'l' then logprobs = value end
+    if name == 'i' then
+      for token_id in string.gmatch(value, '%d+') do
+        count = count + 1
+        ids[count] = varint(tonumber(token_id))
+      end
+    end
+  end
+  return varint(4 * #text + 1) .. varint(index) .. varint(count) .. table.concat(ids) .. varint(#logprobs) .. logprobs .. body
+end
+
+-- Pack the next PIECE events of an ended job. Texts go along (`inline`) unless the result has them, every byte. The last
+-- event stays in the stream for a moment: it wakes those who read there, and the number tells them what they missed.
+local function pack_log(id, inline)
+  local key = K.events .. id
+  local entries = call('XRANGE', key, '-', '+', 'COUNT', PIECE)
+  if #entries == 0 then return call('SREM', K.unpacked, id) end
+  local parts = {call('HGET', K.job .. id, 'log') or nil}
+  if parts[1] then
+    inline = string.sub(parts[1], 1, 1) == 'I'
+  else
+    parts[1] = (inline and 'I' or 'R') .. varint(tonumber(string.match(entries[1][1], '^%d+')) - 1)
+  end
+  for _, entry in ipairs(entries) do parts[#parts + 1] = pack(entry[2], inline) end
+  call('HSET', K.job .. id, 'log', table.concat(parts))
+  local last = entries[#entries]
+  if last[2][1] ~= 'f' then
+    call('XTRIM', key, 'MINID', (tonumber(string.match(last[1], '^%d+')) + 1) .. '-0')
+    return call('SADD', K.unpacked, id)
+  end
+  call('DEL', key)
+  call('XADD', key, last[1], 'f', 1)
+  call('PEXPIRE', key, 2000)
+  call('SREM', K.unpacked, id)
+end
+
+-- What reading a log takes: the packed part, the value that may hold its texts, and the stream's entries from a number on.
+local function read_log(id, number)
+  local packed = call('HGET', K.job .. id, 'log')
+  local value = false
+  if packed and string.sub(packed, 1, 1) == 'R' then
+    local last = call('XREVRANGE', K.results .. id, '+', '-', 'COUNT', 1)[1]
+    for i = 1, last and #last[2] or 0, 2 do
+      if last[2][i] == 'return_value' then value = last[2][i + 1] end
+    end
+  end
+  return {packed, value, call('XRANGE', K.events .. id, (number + 1) .. '-0', '+')}
+end
+
+-- Take an answer back to before its first token: the numbers of its events start there again. Nobody has read them.
+local function start_over(id, job)
+  local kept = call('XRANGE', K.events .. id, '-', job.first_token .. '-0')
+  call('DEL', K.events .. id)
+  for _, entry in ipairs(kept) do call('XADD', K.events .. id, entry[1], unpack(entry[2])) end
+  job.events, job.tokens, job.text_bytes = job.first_token, 0, 0
+  call('HSET', K.job .. id, 'events', job.events, 'tokens', 0, 'text_bytes', 0)
+  call('HDEL', K.job .. id, 'first_token_at')
+end
