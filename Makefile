@@ -2,6 +2,8 @@
 
 MODEL  ?= smollm2-135m
 DTYPE  ?= auto
+MINUTES ?= 10
+SEED   ?= 1
 VENV   ?= .venv
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
@@ -13,7 +15,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install -qq --no-input
 TORCH        ?= 2.13.0
 TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test lint bench clean setup
+.PHONY: help demo test lint bench chaos clean setup
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +23,7 @@ help:
 	@echo "make test                                lint, types and the whole test suite"
 	@echo "make lint                                lint, format check and types alone"
 	@echo "make bench                               the side-by-side benchmark (minutes)"
+	@echo "make chaos [MINUTES=10] [SEED=1]         everything is killed while everything works (minutes)"
 	@echo "make clean                               remove what was made here; the model cache stays"
 
 demo: $(VENV)/.server
@@ -36,6 +39,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.server $(VENV)/.model
 	$(PY) -m benchmarks.throughput
+
+chaos: $(VENV)/.dev
+	$(PY) -m benchmarks.chaos --minutes $(MINUTES) --seed $(SEED)
 
 setup: $(VENV)/.dev $(VENV)/.model
 

@@ -13,7 +13,7 @@ from headrace import calls
 from headrace.answers import Event, Job, JobPage
 from headrace.calls import DEFAULT_URL, Asked, Call
 from headrace.errors import JobFailed, TimedOut, Unreachable
-from headrace.patience import Patience, Tries
+from headrace.patience import NOTHING_LEFT, Patience, Tries
 from headrace.transport import answer, options, request, stream, this_wait, why
 
 T = TypeVar("T")
@@ -86,7 +86,6 @@ class AsyncClient:
         """
         tries = Tries(self._patience)
         while True:
-            seen = after
             try:
                 async for event in self._read_events(job_id, after, tries):
                     after = event.number
@@ -97,8 +96,8 @@ class AsyncClient:
             except httpx2.TransportError as error:
                 await self._pause(tries.pause_after_break(), error)
             else:
-                if after == seen and (await self.get(job_id)).ended:
-                    return  # ended by somebody else's hand, without a last event
+                if tries.over:
+                    return
                 await self._pause(tries.pause_after_break(), None)
 
     async def stream(self, job_id: str, index: int = 0) -> AsyncIterator[str]:
@@ -171,6 +170,9 @@ class AsyncClient:
     async def _read_events(self, job_id: str, after: int, tries: Tries) -> AsyncIterator[Event]:
         while True:
             async with self._http.sse(calls.events_path(job_id), **stream(after)) as source:
+                tries.over = source.response.status_code == NOTHING_LEFT
+                if tries.over:
+                    return
                 if source.response.is_success:
                     async for sent in source:
                         yield calls.read_event(sent.id, sent.event, sent.json())

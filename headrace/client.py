@@ -17,7 +17,7 @@ from headrace.answers import Event, Job, JobPage
 from headrace.async_client import AsyncClient
 from headrace.calls import DEFAULT_URL, Asked, Call
 from headrace.errors import JobFailed, TimedOut, Unreachable
-from headrace.patience import Patience, Tries
+from headrace.patience import NOTHING_LEFT, Patience, Tries
 from headrace.transport import answer, options, request, stream, this_wait, why
 
 __all__ = ["AsyncClient", "Client"]
@@ -92,7 +92,6 @@ class Client:
         """
         tries = Tries(self._patience)
         while True:
-            seen = after
             try:
                 for event in self._read_events(job_id, after, tries):
                     after = event.number
@@ -103,8 +102,8 @@ class Client:
             except httpx2.TransportError as error:
                 self._pause(tries.pause_after_break(), error)
             else:
-                if after == seen and (self.get(job_id)).ended:
-                    return  # ended by somebody else's hand, without a last event
+                if tries.over:
+                    return
                 self._pause(tries.pause_after_break(), None)
 
     def stream(self, job_id: str, index: int = 0) -> Iterator[str]:
@@ -177,6 +176,9 @@ class Client:
     def _read_events(self, job_id: str, after: int, tries: Tries) -> Iterator[Event]:
         while True:
             with self._http.sse(calls.events_path(job_id), **stream(after)) as source:
+                tries.over = source.response.status_code == NOTHING_LEFT
+                if tries.over:
+                    return
                 if source.response.is_success:
                     for sent in source:
                         yield calls.read_event(sent.id, sent.event, sent.json())

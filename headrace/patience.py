@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx2
 
 BUSY = frozenset({429, 503})
+NOTHING_LEFT = 204  #: a stream's answer to who has read its last event; an empty stream says nothing of the kind
 LONGEST_PAUSE_SECONDS = 120.0
 
 
@@ -27,6 +28,7 @@ class Tries:
     patience: Patience
     broken: int = 0
     waited: float = 0.0  #: seconds, on 429 and 503
+    over: bool = False  #: the stream has nothing left
 
     def pause_after(self, response: httpx2.Response) -> float | None:
         """Seconds until the next try; None: the answer stands."""

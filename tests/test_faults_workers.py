@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from tests.faults_world import (
 )
 from tests.jobs_world import audit
 from tests.proxy import Moment, kill, proxied
-from tests.worker_world import WorkerProcess, eventually, worker
+from tests.worker_world import eventually, worker
 
 KILLS = 7
 
@@ -135,21 +134,14 @@ def test_the_jobs_of_a_killed_process_go_on_within_two_seconds_elsewhere(
     assert seconds < 2 + BUSY_SECONDS
 
 
-def stop_host(process: WorkerProcess) -> None:
-    """Parent and engine process freeze."""
-    for pid in (process.parent.pid, process.engine_pid()):
-        os.kill(pid, signal.SIGSTOP)
-
-
-@pytest.mark.parametrize("lose", [lose_host, stop_host])
 def test_the_jobs_of_a_lost_host_go_on_after_lease_grace_and_two_ticks(
-    valkey: redis.Redis, valkey_url: str, tmp_path: Path, lose: Callable[[WorkerProcess], None]
+    valkey: redis.Redis, valkey_url: str, tmp_path: Path
 ) -> None:
     with worker(valkey_url, tmp_path, **TIMES, instant_step_ms=10) as first:
         asked = ask(valkey, 6, least=100, most=120)
         eventually(lambda: running(asked), "tokens", first.log)
         with worker(valkey_url, tmp_path, **TIMES, instant_step_ms=10) as second:  # it is up, and has room
-            lose(first)
+            lose_host(first)
             seconds = seconds_until_resumed(asked, time.monotonic(), second.log)
             undisturbed(asked, valkey, second.log)
 

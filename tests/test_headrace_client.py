@@ -228,10 +228,16 @@ def test_the_async_client_resumes_alike(server: Server) -> None:
     check_resumed(server, asyncio.run(read()))
 
 
-def test_a_stream_of_a_job_that_ended_without_a_last_event_ends(server: Server, client: Client) -> None:
-    server.script = [streams(STREAM[0]), streams(""), answers(200, job("cancelled"))]
+def test_a_stream_of_which_nothing_is_left_ends(server: Server, client: Client) -> None:
+    server.script = [streams(STREAM[0]), answers(204)]
 
     assert [one.number for one in client.events("job_1")] == [0]
+
+
+def test_a_stream_that_a_server_in_trouble_ended_empty_is_asked_for_again(server: Server, client: Client) -> None:
+    server.script = [streams(": job job_1\n\n: store_unavailable\n\n"), streams("".join(STREAM))]
+
+    assert [one.number for one in client.events("job_1")] == [0, 1, 2, 3]
 
 
 def test_the_streamed_text_of_a_failed_job_ends_with_an_exception(server: Server, client: Client) -> None:
