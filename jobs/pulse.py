@@ -17,6 +17,7 @@ log = logging.getLogger("headrace.jobs.pulse")
 
 PAUSE_SECONDS = 0.25  #: between two pings
 SILENCE_SECONDS = 0.5  #: a server that answers no ping for so long is away
+SILENT = f"no answer within {SILENCE_SECONDS:g} s"
 
 
 class Pulse:
@@ -67,7 +68,12 @@ class Pulse:
 
     async def _run(self) -> None:
         while True:
-            self._note(await self._look())
+            problem = await self._look()
+            if problem not in (None, SILENT):
+                problem = (
+                    await self._look()
+                )  # a connection that was cut says nothing about the server; a fresh one does
+            self._note(problem)
             await asyncio.sleep(PAUSE_SECONDS)
 
     def _note(self, problem: str | None) -> None:
@@ -84,7 +90,7 @@ class Pulse:
         try:
             await asyncio.wait({ping}, timeout=SILENCE_SECONDS)
             if not ping.done():
-                return f"no answer within {SILENCE_SECONDS:g} s"
+                return SILENT
             ping.result()
         except (ResponseError, AuthenticationError):
             return None
