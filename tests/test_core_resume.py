@@ -60,7 +60,7 @@ def same(one: Choice, other: Choice) -> bool:
     if (one.text, one.token_ids, one.finish_reason) != (other.text, other.token_ids, other.finish_reason):
         return False
     pairs = list(zip(one.logprobs or (), other.logprobs or (), strict=True))
-    return all(a.token_id == b.token_id and abs(a.logprob - b.logprob) < 1e-4 for a, b in pairs)
+    return all(a.token_id == b.token_id and abs(a.logprob - b.logprob) < 1e-5 for a, b in pairs)
 
 
 @pytest.mark.parametrize("seed", range(8))
