@@ -17,6 +17,7 @@
     ├── DeadlineUnreachable      the client's move: the queue is too long for the deadline it asked to be held to
     ├── StoreError               the operator's move: Redis
     │   ├── StoreUnavailable       it does not answer, is loading, read-only or out of memory or disk
+    │   │   └── StoreRefuses         out of memory: only our own scripts may go on
     │   ├── StoreFull              its memory is nearly used up; what runs may end, nothing new comes in
     │   ├── NotDurable             written, but not confirmed on disk in time; a repeat is safe
     │   └── UnsafeServer           its configuration cannot keep the promise that was asked for
@@ -203,6 +204,10 @@ class StoreUnavailable(StoreError):
 
     def __init__(self, detail: str) -> None:
         super().__init__(f"the job store is unavailable: {detail}")
+
+
+class StoreRefuses(StoreUnavailable):
+    """Its memory is full to the last byte: Redis refuses what needs more. Our own scripts may go on."""
 
 
 class StoreFull(StoreError):

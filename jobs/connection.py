@@ -10,11 +10,11 @@ import redis
 import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as Disconnected
-from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoPermissionError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as TooLate
 from redis.retry import Retry
 
-from core.errors import StoreError, StoreUnavailable, UnsafeServer
+from core.errors import StoreError, StoreRefuses, StoreUnavailable, UnsafeServer
 from jobs.reports import ServerReport
 from jobs.settings import StoreSettings
 
@@ -58,6 +58,8 @@ def explain(error: Exception) -> Exception:
         return StoreUnavailable(text or type(error).__name__)
     if "appendonly is disabled" in text:
         return UnsafeServer("appendonly", "no", "appendonly yes")
+    if "when used memory > 'maxmemory'" in text:  # by itself, or as the reason why a transaction was discarded
+        return StoreRefuses(text)
     if isinstance(error, ResponseError) and (text.startswith(NOT_NOW) or _is_refused(error)):
         return StoreUnavailable(text)
     return error
@@ -115,4 +117,4 @@ def _refuse_unsafe(report: ServerReport, version: str) -> None:
 
 
 def _is_refused(error: ResponseError) -> bool:
-    return isinstance(error, OutOfMemoryError | ReadOnlyError | NoPermissionError)
+    return isinstance(error, ReadOnlyError | NoPermissionError)

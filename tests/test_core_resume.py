@@ -213,6 +213,24 @@ def test_a_chat_goes_through_the_models_template_and_ends_with_its_turn(smollm2:
 
 
 @pytest.mark.weights
+def test_smollm2_taken_up_in_a_full_batch_says_the_same_with_the_same_log_probabilities(smollm2: Engine) -> None:
+    """Where the two likeliest logits are less than 1e-4 apart either token is right; such places are counted."""
+    from transformers import AutoTokenizer
+
+    from benchmarks.resume import measure
+    from benchmarks.workload import english
+    from core.models.source import resolve
+
+    ids = AutoTokenizer.from_pretrained(resolve("smollm2-135m"))(english())["input_ids"]
+    found = measure(smollm2, [ids[start : start + 40] for start in range(0, 160, 40)], cuts=2)
+    print(f"{found.near_ties} near-ties in {found.resumed} answers")
+
+    assert found.resumed == 8
+    assert found.equal + found.near_ties == found.resumed
+    assert found.worst_logprob <= 1e-3
+
+
+@pytest.mark.weights
 def test_text_taken_up_at_any_token_is_the_undisturbed_text_with_its_stop(smollm2: Engine) -> None:
     messages = (Message(role="user", content="Write one line full of emoji 🌈 and 漢字."),)
     params = SamplingParams(max_tokens=24, temperature=0.9, top_p=0.95, seed=4, stop=("\n\n", "qqq"), ignore_eos=True)

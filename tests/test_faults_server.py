@@ -219,6 +219,25 @@ def test_a_server_that_dies_of_a_full_disk_comes_back_with_everything_that_was_a
     assert ends <= {"succeeded"}
 
 
+def test_a_worker_that_dies_while_memory_is_full_has_a_successor_that_goes_on(
+    own_valkey: Server, tmp_path: Path
+) -> None:
+    with (
+        worker(own_valkey.url, tmp_path, **TIMES, instant_step_ms=3) as process,
+        redis.Redis.from_url(own_valkey.url) as client,
+    ):
+        asked = full_batch(client, process.log)
+        client.config_set("maxmemory", 1)
+        process.kill_engine()
+        undisturbed(asked, client, process.log)
+        hidden = client.smembers("rq:workers")
+        client.config_set("maxmemory", 0)
+        eventually(lambda: client.smembers("rq:workers"), "registration with RQ", process.log)
+
+    assert hidden == set()
+    assert max(each.attempt for each in asked) == 2
+
+
 def test_with_its_memory_full_the_server_takes_nothing_and_everything_that_runs_ends(
     own_valkey: Server, tmp_path: Path
 ) -> None:

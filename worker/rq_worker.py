@@ -17,6 +17,7 @@ from rq.command import parse_payload
 from rq.serializers import JSONSerializer
 from rq.worker import BaseWorker, WorkerStatus
 
+from core.errors import StoreRefuses
 from jobs.connection import explained
 from jobs.job import QUEUE
 
@@ -54,10 +55,9 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
         Raises:
             StoreUnavailable: to be tried again.
         """
-        with explained():
-            self._appear()
-            self.set_state(WorkerStatus.STARTED)
-            if self.pubsub_thread is None:
+        self._appear()
+        if self.pubsub_thread is None:
+            with explained():
                 self.subscribe()
 
     def beat(self, state: str) -> None:
@@ -69,8 +69,8 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
             pipeline.sismember(self.redis_workers_keys, self.key)
             # A full memory refuses RQ's words, and that is no outage: it takes all of ours.
             *_, born, listed = pipeline.execute(raise_on_error=False)
-            if not (born and listed):
-                self._appear()
+        if not (born and listed):
+            self._appear()
 
     def leave(self) -> None:
         """Disappear from ``rq info`` at once."""
@@ -105,8 +105,14 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
             self.pubsub_thread.join(timeout=POLL_SECONDS)
 
     def _appear(self) -> None:
-        self.connection.delete(self.key)  # RQ refuses a name that is there, and this name is ours alone
-        self.register_birth()
+        """Register with RQ. Where memory is full RQ's tools do not see us until there is room, and jobs go on."""
+        try:
+            with explained():
+                self.connection.delete(self.key)  # RQ refuses a name that is there, and this name is ours alone
+                self.register_birth()
+                self.set_state(WorkerStatus.STARTED)
+        except StoreRefuses as error:
+            log.warning("not registered with RQ for now: %s", error)
 
     def _set_connection(self, connection: Any) -> Any:
         """As given: RQ would raise the time-out of every connection in the pool to seven minutes."""
