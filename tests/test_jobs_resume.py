@@ -16,6 +16,7 @@ from jobs.async_store import AsyncStore
 from jobs.job import JobState, Resume
 from jobs.reports import LoggedEvent
 from jobs.store import Store
+from tests.api_world import front
 from tests.jobs_world import (
     CARD,
     add,
@@ -206,3 +207,21 @@ def test_an_idle_worker_of_the_right_kind_is_woken_for_it(store: Store) -> None:
     take(store, "u", card=UNLIKE)
 
     assert store.wait(1.0)
+
+
+def test_over_http_a_job_says_who_may_go_on_and_shows_whom_it_waits_for(
+    store: Store, valkey_url: str, valkey: redis.Redis
+) -> None:
+    body = {"kind": "generate", "input": {"prompt": "x"}, "resume": "wait"}
+    with front(valkey_url) as api:
+        wrong = api.put("/v1/jobs/b", json={**body, "resume": "never"})
+        asked = api.put("/v1/jobs/a", json=body)
+        [job] = take(store)
+        store.report([say(job, 1)], [])
+        kill(store)
+        take(store, "u", card=UNLIKE)
+        waiting = api.get("/v1/jobs/a").json()
+
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (422, "resume")
+    assert (asked.status_code, asked.json()["resume"], asked.json()["waiting_for"]) == (202, "wait", None)
+    assert (waiting["status"], waiting["waiting_for"]) == ("queued", CARD.identity)

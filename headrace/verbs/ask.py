@@ -26,6 +26,7 @@ from headrace.verbs.verb import CLIENT_SETTINGS, OK, Invocation, Verb, add_sampl
 
 IN_FLIGHT = 64  #: submissions at once; the server writes them to disk in groups
 RUN_TOKENS = 256
+RESUMES = ("restart", "wait", "any")
 
 
 def run(invocation: Invocation) -> int:
@@ -113,6 +114,7 @@ def _with_options(invocation: Invocation, body: Mapping[str, Any]) -> Mapping[st
     arguments = invocation.arguments
     extra = {"model": arguments.model, "deadline_seconds": arguments.deadline_seconds}
     extra["refuse_if_late"] = arguments.refuse_if_late or None
+    extra["resume"] = arguments.resume
     return {**body_of(body, **invocation.sampling()), **{k: v for k, v in extra.items() if v is not None}}
 
 
@@ -186,6 +188,9 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="the model to ask, where several are served")
     parser.add_argument("--deadline-seconds", type=float, metavar="SECONDS", help="give up so long after submission")
+    parser.add_argument(
+        "--resume", choices=RESUMES, help="what becomes of a begun answer when only another engine is there (restart)"
+    )
     parser.add_argument("--refuse-if-late", action="store_true", help="take no job that the queue keeps beyond that")
     add_sampling(parser)
 
