@@ -86,8 +86,10 @@ def judge(info: Mapping[str, Any], fsync: str, settings: StoreSettings) -> Serve
 
     Raises:
         UnsafeServer: naming the setting.
-        StoreUnavailable: a replica is wanted and none is there now.
+        StoreUnavailable: it is loading; or a replica is wanted and none is there now.
     """
+    if int(info.get("loading", 0)):  # it says appendonly = no for as long as it reads its append-only file
+        raise StoreUnavailable("it is loading its data")
     version = str(info.get("redis_version", "0"))
     policy = str(info.get("maxmemory_policy", "unknown")) if int(info.get("maxmemory", 0)) else "none"
     report = ServerReport(

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,21 +40,27 @@ def valkey_binary() -> str:
     return found
 
 
-def start_valkey(folder: Path, *, port: int | None = None, fsync: str = "always") -> Server:
+def start_valkey(
+    folder: Path, *, port: int | None = None, fsync: str = "always", more: Sequence[str] = (), wait: bool = True
+) -> Server:
     """Start a Valkey in ``folder`` with an append-only file, and wait until it answers.
 
     Args:
         port: listen on 127.0.0.1 there as well as on the unix socket.
         fsync: when the file is synced; "always": at every write.
+        more: arguments of the server.
+        wait: False: come back at once.
     """
     path = folder / "valkey.sock"
     command = [valkey_binary(), "--port", str(port or 0), "--bind", "127.0.0.1", "--unixsocket", str(path)]
     command += ["--dir", str(folder), "--appendonly", "yes", "--appendfsync", fsync, "--save", ""]
     command += ["--stream-node-max-bytes", "256", "--hash-max-listpack-value", "4096"]
-    command += ["--logfile", str(folder / "valkey.log")]
+    command += ["--logfile", str(folder / "valkey.log"), *more]
     # The signals that Python ignores stay ignored: a file that may not grow is then an error, as on a full disk.
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, restore_signals=False)
     deadline = time.monotonic() + 20
+    if not wait:
+        return Server(url=f"unix://{path}", process=process, folder=folder)
     while time.monotonic() < deadline:
         with socket.socket(socket.AF_UNIX) as client:
             try:

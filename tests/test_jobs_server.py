@@ -233,6 +233,32 @@ def test_a_server_that_hides_its_configuration_is_judged_by_what_it_shows(
     shy.close()
 
 
+def test_a_server_that_is_loading_is_not_there_yet_and_not_unsafe(own_valkey: Server) -> None:
+    """While it reads its append-only file it says that it has none: a worker that asked then would give up for ever."""
+    with redis.Redis.from_url(own_valkey.url) as client, client.pipeline(transaction=False) as pipeline:
+        for number in range(5_000):
+            pipeline.set(f"filler:{number}", "x")
+        pipeline.execute()
+    own_valkey.process.kill()
+    own_valkey.process.wait()
+    slowly = ("--key-load-delay", "200", "--loading-process-events-interval-bytes", "1024")
+    again = start_valkey(own_valkey.folder, more=slowly, wait=False)
+    store, seen, report = Store(settings(own_valkey.url)), set(), None
+    try:
+        while report is None:
+            try:
+                report = store.inspect()
+            except StoreUnavailable as error:
+                seen.add(str(error).removeprefix("the job store is unavailable: "))
+    finally:
+        store.close()
+        again.process.kill()
+        again.process.wait()
+
+    assert "it is loading its data" in seen
+    assert report.append_only
+
+
 def test_a_server_without_an_append_only_file_is_refused(tmp_path: Path, own_valkey: Server) -> None:
     store = Store(settings(own_valkey.url))
     store.connection.config_set("appendonly", "no")

@@ -75,10 +75,13 @@ def run_mixed(house: House, watch: Watch, arguments: argparse.Namespace) -> tupl
     load.start()
     watch.start()
     end = time.monotonic() + 60 * arguments.minutes
-    while time.monotonic() < end:
+    while time.monotonic() < end and house.process.poll() is None:
         due = time.monotonic() + FAULT_SECONDS
         saboteur.strike()
         time.sleep(max(0.0, due - time.monotonic()))
+    if (code := house.process.poll()) is not None:
+        said = [line for line in house.log.read_text().splitlines() if not line.startswith("api ")]
+        raise SystemExit("\n".join([*said[-30:], f"headrace up ended with exit code {code}: a promise is broken"]))
     load.finish()
     watch.finish()
     watch.audit()

@@ -31,6 +31,7 @@ class House:
     process: subprocess.Popen[str]
     url: str
     redis: Any  #: a client that sends nothing twice
+    log: Path  #: what it writes on standard error
 
     def pids(self, room: str) -> list[int]:
         """Processes of a room that run now."""
@@ -90,7 +91,7 @@ def living(folder: Path, *flags: str) -> Iterator[House]:
                 raise SystemExit(f"headrace up does not start: {(folder / 'up.log').read_text()[-2000:]}")
             ready = json.loads(line)
             client: redis.Redis = connect(ready["redis_url"])
-            yield House(process=process, url=ready["url"], redis=client)
+            yield House(process=process, url=ready["url"], redis=client, log=folder / "up.log")
             client.close()
         finally:
             end(process)
