@@ -227,7 +227,8 @@ class AsyncStore:
         while not inbox.empty():
             told = told + inbox.get_nowait()
         events = [event for event in told if event.number > last]
-        if events and events[0].number > last + 1:  # another follower was ahead of us when we joined
+        # A hole: another follower was ahead of us when we joined, or the log was packed before all of it was read here.
+        if events and events[-1].number - last != len(events):
             return await self.events(job_id, last)
         return events
 

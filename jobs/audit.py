@@ -105,11 +105,10 @@ def judge(facts: Facts) -> list[str]:
     if not facts.job["known"]:
         return _judge_unknown(facts)
     state = facts.job["state"]
-    problems = (
-        []
-        if [place.rpartition(":")[2] for place in facts.index] == [state]
-        else [f"is {state}, indexed as {list(facts.index)}"]
-    )
+    problems = []
+    unseen = state == JobState.QUEUED and not facts.job["place"]  # put in by stock RQ, and nobody has looked at it yet
+    if [place.rpartition(":")[2] for place in facts.index] != ([] if unseen else [state]):
+        problems.append(f"is {state}, indexed as {list(facts.index)}")
     if state == JobState.QUEUED:
         problems += _judge_queued(facts)
     elif state == JobState.RUNNING:

@@ -264,6 +264,24 @@ def test_waiting_ends_with_the_job_or_with_the_time(store: Store, valkey_url: st
     using(valkey_url, body)
 
 
+def test_a_log_that_is_packed_between_two_reads_of_its_stream_has_no_hole(store: Store, valkey_url: str) -> None:
+    add(store, "a")
+    [job] = take(store)
+    store.report([say(job, 1, 2, 3)], [done(job, "w1 w2 w3 ", 1, 2, 3)])
+    log = store.events("a")
+
+    async def body(door: AsyncStore) -> list[LoggedEvent]:
+        inbox: asyncio.Queue[list[LoggedEvent]] = asyncio.Queue()
+        for batch in (
+            list(log[1:2]),
+            list(log[-1:]),
+        ):  # the end's event stands alone in the stream once the rest is packed
+            inbox.put_nowait(batch)
+        return await door._next(inbox, "a", 0)
+
+    assert using(valkey_url, body) == log[1:]
+
+
 def test_streams_survive_a_server_that_restarts(own_valkey: Server) -> None:
     store = Store(settings(own_valkey.url))
     born(store)

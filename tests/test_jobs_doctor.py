@@ -17,7 +17,7 @@ from jobs.doctor import examine
 from jobs.job import FINAL, JobState
 from jobs.store import Store
 from tests.jobs_world import add, audit, born, done, failed, kill, pass_deadline, say, settings, take
-from tests.worker_world import environment
+from tests.worker_world import environment, put
 
 S = JobState
 
@@ -120,6 +120,15 @@ def test_jobs_of_other_queues_are_nobodys_business_here(store: Store, valkey: re
 
     assert examine(store, fix=True).findings == []
     assert valkey.hget(f"{keys.JOB}theirs", "status") == b"queued"
+
+
+def test_what_stock_rq_put_in_is_in_its_place_before_anybody_looked_at_it(store: Store, valkey: redis.Redis) -> None:
+    job = put(valkey, "x")
+    found = audit(valkey), examine(store, fix=True).findings
+    store.get(job.id)
+
+    assert found == ([], [])
+    assert audit(valkey) == []
 
 
 def doctor(url: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
