@@ -121,7 +121,9 @@ def judge(facts: Facts) -> list[str]:
 
 
 def _judge_unknown(facts: Facts) -> list[str]:
-    """Ids of forgotten jobs may lie in a list until a claim drops them."""
+    """Ids of forgotten jobs may lie in a list until a claim drops them, and in all else until the next tick."""
+    if facts.job["forgotten"]:
+        return []
     kept = [*facts.index, *facts.places, *(each for each in facts.executions if each["wip"])]
     return [f"has no hash, and is in {kept}"] if kept else []
 

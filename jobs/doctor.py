@@ -112,8 +112,9 @@ def _notes(store: Store) -> list[str]:
         notes.append("no worker is alive: nothing is computed")
     lists: Any = client.smembers(keys.QUEUES)
     for key in sorted(each.decode() for each in lists):
-        engine = key.removeprefix(keys.LIKE)
-        if key.startswith(keys.LIKE) and engine not in live and (waiting := client.llen(key)):
+        prefix = next((each for each in (keys.LIKE, keys.LIKE_SUSPECTS) if key.startswith(each)), None)
+        engine = key.removeprefix(prefix or "")
+        if prefix and engine not in live and (waiting := client.llen(key)):
             notes.append(
                 f"{waiting} jobs wait for an engine {engine}, which began their answers: start one, "
                 f"or they fail with engine_changed when their time is over"

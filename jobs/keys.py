@@ -36,9 +36,10 @@ QUEUE_WORKERS = f"rq:workers:{QUEUE}"
 LIKE = (
     f"rq:queue:{QUEUE}.like."  #: + identity: list of ids whose answer such an engine began, and no other goes on with
 )
+LIKE_SUSPECTS = f"{SUSPECTS}.like."  #: + identity: the same for suspects
 EVENTS = "headrace:events:"  #: + id: stream; event n is entry <n+1>-0; of an ended job they are in its hash, packed
 UNPACKED = "headrace:unpacked"  #: set of ended ids whose long logs are not packed to the end yet
-WAITS = "headrace:waits"  #: zset of ids in a LIKE list by the time they fail (milliseconds)
+WAITS = "headrace:waits"  #: zset of ids in such a list by the time they fail (milliseconds)
 INDEX = "headrace:index:"  #: + kind:state: zset of ids by creation (microseconds); a job is in exactly one
 LEASES = "headrace:leases"  #: zset of workers by the end of their lease (milliseconds); 0: seen dead
 MARKS = "headrace:marks"  #: zset of workers by the time their lease was first found over

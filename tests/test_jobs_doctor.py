@@ -164,3 +164,16 @@ def test_the_program_takes_no_other_word(tmp_path: Path, flags: tuple[str, ...])
     run = doctor("unix:///nowhere/valkey.sock", tmp_path, *flags)
 
     assert (run.returncode, "usage:" in run.stderr) == (2, True)
+
+
+def test_a_job_whose_time_is_over_is_no_finding_until_the_next_tick_forgets_it(store: Store) -> None:
+    client: Any = store.connection
+    client.delete(f"{keys.JOB}s")
+    found = [finding.what for finding in examine(store, fix=False).findings]
+    client.zadd(keys.RETENTION, {"s": 1})  # Redis was quicker than the tick
+
+    assert found == ["s"]
+    assert (audit(client), examine(store, fix=False).findings) == ([], [])
+    store.expire()
+    assert client.zscore(keys.FINISHED, "s") is None
+    assert client.zscore(f"{keys.INDEX}generate:succeeded", "s") is None

@@ -225,3 +225,32 @@ def test_over_http_a_job_says_who_may_go_on_and_shows_whom_it_waits_for(
     assert (wrong.status_code, wrong.json()["error"]["param"]) == (422, "resume")
     assert (asked.status_code, asked.json()["resume"], asked.json()["waiting_for"]) == (202, "wait", None)
     assert (waiting["status"], waiting["waiting_for"]) == ("queued", CARD.identity)
+
+
+def test_a_suspect_that_waits_for_its_like_is_not_lost(store: Store, valkey: redis.Redis) -> None:
+    begin(store, Resume.WAIT)
+    take(store)
+    kill(store)  # the second death in a row, without a word since: it is a suspect
+    born(store)
+    refused = take(store, "u", card=UNLIKE)
+    waiting = store.get("a").waiting_for
+    found = audit(valkey)
+    again = take(store, "u", card=UNLIKE)
+    suspects = store.queue().suspects
+    got = store.claim("w", CARD, 4, 0)
+
+    assert (refused, again, found, waiting, suspects) == ([], [], [], CARD.identity, 1)
+    assert ([job.id for job in got.jobs], got.alone) == (["a"], True)
+    assert said(store, "a") == [1, 2]
+    assert audit(valkey) == []
+
+
+def test_a_job_that_lost_patience_and_is_retried_waits_in_one_list(store: Store, valkey: redis.Redis) -> None:
+    begin(store, Resume.WAIT)
+    take(store, "u", card=UNLIKE)
+    valkey.zadd(keys.WAITS, {"a": 1})
+    store.expire()
+    store.retry("a")
+
+    assert valkey.llen(f"{keys.LIKE}{CARD.identity}") == 0
+    assert audit(valkey) == []

@@ -81,7 +81,7 @@ local function must_hold(list)
 end
 
 if room < 1 or call('EXISTS', K.suspended) == 1 or not call('ZSCORE', K.leases, worker) then return {taken, 0, 0, 0} end
-for _, list in ipairs({K.suspects .. '.' .. model, K.suspects}) do
+for _, list in ipairs({K.like_suspects .. identity, K.suspects .. '.' .. model, K.suspects}) do
   if running > 0 then
     if must_hold(list) then return {taken, 0, 1, 0} end
   else

@@ -70,7 +70,8 @@ for i = 3 + lists, #ARGV do
   local job = load(id)
   local facts = {id = id, known = job and true or false, origin = call('HGET', K.job .. id, 'origin'), state = job and job.state,
     status = job and job.status, attempt = job and job.attempt, events = job and job.events, kind = job and job.kind,
-    closed = job and job.closed, reason = job and job.reason, place = job and job.place, waiting_for = job and job.waiting_for, ttl = call('TTL', K.job .. id)}
+    closed = job and job.closed, reason = job and job.reason, place = job and job.place,
+    forgotten = not job and tonumber(call('ZSCORE', K.retention, id) or NEVER * 1000) <= NOW + 1000}
   local found = {facts, listed(id), places(id), indexed(id), executions(id, job and job.attempt or RECENT), logged(id), results(id)}
   answers[#answers + 1] = {cjson.encode(found), call('HGET', K.job .. id, 'log')}
 end

@@ -20,6 +20,7 @@ for _, id in ipairs(waited) do
   local job = load(id)
   call('ZREM', K.waits, id)
   if job and job.state == 'queued' and job.waiting_for then
+    call('LREM', like_list(job), 1, id) -- near the head: a retry queues it elsewhere, and it waits once
     finish(id, job, 'failed', {reason = 'engine_changed', error = string.format(LOST, job.engine), exc = EXC.engine})
     done = done + 1
   end

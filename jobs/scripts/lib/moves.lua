@@ -143,11 +143,15 @@ local function note_end(id, job)
   if call('TTL', K.job .. id) < 0 then retain(id, job, math.max(keep(job), 1)) end
 end
 
+-- Where a job waits for the like of its engine; a suspect among suspects, or whoever claims it would send it back.
+local function like_list(job) return (job.crashes >= 2 and K.like_suspects or K.like) .. job.engine end
+
 -- Let a job whose answer another engine began wait for its like, for `patience` milliseconds.
 local function wait_for_like(id, job, patience)
   if job.waiting_for == job.engine then return end -- it is in that list already
-  call('RPUSH', K.like .. job.engine, id)
-  call('SADD', K.queues, K.like .. job.engine)
+  local list = like_list(job)
+  call('RPUSH', list, id)
+  call('SADD', K.queues, list)
   call('ZADD', K.waits, NOW + patience, id)
   call('HSET', K.job .. id, 'waiting_for', job.engine)
   wake(K.wake .. '.' .. job.engine)
@@ -162,6 +166,10 @@ local function requeue(id, job, where)
   move(id, job, 'queued')
   call('HSET', K.job .. id, 'status', 'queued', 'place', 'queued')
   if where == 'suspects' then call('HSET', K.job .. id, 'suspect_at', NOW) end
+  if job.waiting_for then -- it waits here now, and not for one engine
+    call('HDEL', K.job .. id, 'waiting_for')
+    call('ZREM', K.waits, id)
+  end
   call('HDEL', K.job .. id, 'worker_name')
   if job.deadline_at then call('ZADD', K.deadlines, job.deadline_at, id) end
   wake(K.wake .. model)
