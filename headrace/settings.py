@@ -103,7 +103,7 @@ class Settings:
     resume_wait_seconds: float = _setting(
         3_600.0, "how long a begun answer waits for an engine of the kind that began it", 0, 2_592_000
     )
-    stall_seconds: int = _setting(30, "a worker whose loop hangs for so long is killed; 0: never", 0, 86_400)
+    stall_seconds: int = _setting(120, "a worker whose loop hangs for so long is killed; 0: never", 0, 86_400)
     max_queued: int = _setting(2_000_000, "a longer queue answers 429", 1, 1_000_000_000)
     max_body_bytes: int = _setting(8_388_608, "largest request body", 1_024, 1_073_741_824)
     max_wait_seconds: float = _setting(60.0, "longest a request may wait for its job", 0, 3_600)

@@ -90,7 +90,7 @@ def test_a_process_that_falls_silent_is_killed_and_has_a_successor(tmp_path: Pat
     [
         ("sleep 1", 0.3),  # loading a model
         ("sign; sleep 1", 0),
-        ("for i in 1 2 3 4 5 6 7 8; do sign; sleep 0.1; done", 0.3),
+        ("for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18; do sign; sleep 0.1; done", 1.2),
     ],
 )
 def test_a_process_is_left_alone(tmp_path: Path, leases: Leases, shell: str, stall_seconds: float) -> None:

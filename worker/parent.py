@@ -38,7 +38,7 @@ class ParentConfig:
     environment: Mapping[str, str]
     name: str = ""  #: of the worker; the processes are called after it
     stop_seconds: float = 28.0  #: after a signal: a process that has not ended by then is killed
-    stall_seconds: float = 30.0  #: without a sign of life: then it is killed; 0: it may be silent for ever
+    stall_seconds: float = 120.0  #: without a sign of life: then it is killed; 0: it may be silent for ever
     first_pause_seconds: float = 0.1  #: before a restart; doubles with each crash in a row
     longest_pause_seconds: float = 5.0
     ran_well_seconds: float = 5.0  #: a process that ran so long makes the next pause the first again

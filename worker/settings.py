@@ -39,7 +39,7 @@ class WorkerSettings:
     lease_seconds: float = 10.0  #: a worker silent for so long is taken for dead
     tick_seconds: float = 2.0  #: between two looks for dead workers, deadlines and retries
     drain_seconds: float = 25.0  #: to finish what runs after SIGTERM
-    stall_seconds: int = 30  #: a process whose loop gives no sign for so long is killed; 0: never
+    stall_seconds: int = 120  #: a process whose loop gives no sign for so long is killed; 0: never
     log_level: str = "info"
     hf_token: str = field(default="", repr=False)  #: for the hub
 
