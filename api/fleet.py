@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from api.errors import NoWorker
 from core.card import ModelCard
-from core.errors import ModelNotFound
+from core.errors import ModelNotFound, UnsupportedRequest
+from core.request import Request
 from jobs.async_store import AsyncStore
 from jobs.job import Job
 from jobs.remembered import Remembered
@@ -61,6 +62,21 @@ class Fleet:
             return _spelled(asked, live, f"no worker serves it; served now: {', '.join(sorted(live))}")
         known = [card.name for card in await self._known.get()]
         return _spelled(asked, [*known, self._own_model], "no worker is alive, and none ever served it")
+
+    async def refuse_unable(self, request: Request) -> None:
+        """Raise ``UnsupportedRequest`` where no live worker that may take the request can do what it asks for."""
+        refusals = []
+        for worker in await self.workers():
+            if (card := worker.model) is None or request.model not in (None, card.name):
+                continue
+            try:
+                card.refuse(request)
+            except UnsupportedRequest as error:
+                refusals.append(error)
+            else:
+                return
+        if refusals:
+            raise refusals[0]
 
     async def card(self, asked: str | None) -> ModelCard:
         """What the model takes.

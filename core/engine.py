@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 
 import torch
 
@@ -13,7 +12,7 @@ from core.attention import KVCache
 from core.batch import Batch, build_batch
 from core.blocks import BLOCK_TOKENS, BlockPool
 from core.budget import StepBudget
-from core.card import ModelCard
+from core.card import ModelCard, headrace_version
 from core.choices import Choices
 from core.errors import ModelRefused, OutOfMemory, RequestError
 from core.memory import available_bytes, free_unused, is_out_of_memory, parse_size, usual_tokens
@@ -79,7 +78,7 @@ class Engine:
         self._jobs: dict[str, Choices[Sequence]] = {}  # the scheduler has those of their sequences that go on
         self.stats = EngineStats()
         self.card = _card(loaded, config, pool.tokens)
-        self._reader = Reader(loaded, self.card)
+        self._reader = Reader(loaded.tokenizer, loaded.end_ids, self.card)
 
     @classmethod
     def load(cls, config: EngineConfig) -> Engine:
@@ -255,7 +254,7 @@ def _card(loaded: LoadedModel, config: EngineConfig, slots: int) -> ModelCard:
     return ModelCard(
         name=config.model,
         engine="torch",
-        version=_version(),
+        version=headrace_version(),
         dtype=str(loaded.dtype).removeprefix("torch."),
         weights=loaded.weights,
         kinds=tuple(kind.value for kind in Kind),
@@ -265,10 +264,3 @@ def _card(loaded: LoadedModel, config: EngineConfig, slots: int) -> ModelCard:
         vocab_size=loaded.vocab_size,
         device=str(loaded.device),
     )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("headrace")
-    except metadata.PackageNotFoundError:
-        return "0"  # a checkout that nobody installed

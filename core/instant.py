@@ -19,9 +19,8 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib import metadata
 
-from core.card import ModelCard
+from core.card import ModelCard, headrace_version
 from core.choices import Choices
 from core.errors import EngineError, InvalidField, PromptTooLong
 from core.protocol import EngineStats
@@ -108,7 +107,7 @@ class InstantEngine:
         self.card = ModelCard(
             name=self._config.name,
             engine="instant",
-            version=_version(),
+            version=headrace_version(),
             dtype="none",
             weights=hashlib.sha256(b"instant 1").hexdigest(),
             kinds=(Kind.GENERATE.value, Kind.PREDICT.value),
@@ -167,13 +166,6 @@ class InstantEngine:
         self.stats.generated_tokens += rows
         if rows:
             self.stats.decode_rows[rows] = self.stats.decode_rows.get(rows, 0) + 1
-
-
-def _version() -> str:
-    try:
-        return metadata.version("headrace")
-    except metadata.PackageNotFoundError:
-        return "0"  # a checkout that nobody installed
 
 
 def _take(job_id: str, request: Request, emitted: tuple[Emitted, ...]) -> Choices[InstantSequence]:

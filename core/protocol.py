@@ -1,4 +1,7 @@
-"""What every engine can do: the torch one, the instant one, and one day another project's. Standard library only."""
+"""What every engine can do: the torch one, the instant one, vLLM's. Standard library only.
+
+What only some can do stands on the card (``kinds``, ``abilities``); ``tests/test_conformance.py`` holds each to it.
+"""
 
 from __future__ import annotations
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 from core.answer import Answer, NoText
 from core.card import ModelCard
 from core.choices import Choices
 from core.errors import InvalidField, PromptTooLong, UnsupportedRequest
-from core.models.load import LoadedModel
 from core.request import Emitted, Kind, Request
 from core.sequence import Sequence
+from core.tokenizer import Tokenizer
 
 
 class Reader:
-    """Reads requests for one loaded model."""
+    """Reads requests for one model."""
 
-    def __init__(self, loaded: LoadedModel, card: ModelCard) -> None:
-        self._tokenizer = loaded.tokenizer
-        self._end_ids = loaded.end_ids
+    def __init__(self, tokenizer: Tokenizer | None, end_ids: Collection[int], card: ModelCard) -> None:
+        self._tokenizer = tokenizer
+        self._end_ids = end_ids
         self._card = card
 
     def read(self, job_id: str, request: Request, emitted: tuple[Emitted, ...]) -> Choices[Sequence]:
@@ -27,6 +28,7 @@ class Reader:
         Raises:
             RequestError: too long, unsupported, ids outside the vocabulary …
         """
+        self._card.refuse(request)
         tokens = self._read_prompt(request)
         count = 1 if request.kind is Kind.PREDICT else request.params.n
         sequences = tuple(self._begin(job_id, request, tokens, index) for index in range(count))

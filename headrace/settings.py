@@ -61,6 +61,7 @@ _REDIS: Mapping[str, Any] = {
     "pattern": r"((rediss?|unix)://.+)?",
     "shape": "an address that starts with redis://, rediss:// or unix://",
 }
+_VLLM_ARGS: Mapping[str, Any] = {"pattern": r"(?s:.{0,4096})", "shape": "at most 4096 characters"}
 _NAME: Mapping[str, Any] = {"pattern": r".+", "shape": "a name"}
 
 
@@ -84,7 +85,10 @@ class Settings:
     revision: str = _setting("", "revision of a hub model")
     dtype: str = _setting("auto", "numbers the model computes in", choices=("auto", "float32", "bfloat16"))
     device: str = _setting("auto", "where it computes", choices=("auto", "cpu", "cuda"))
-    engine: str = _setting("torch", "instant needs no model: for load and crash tests", choices=("torch", "instant"))
+    engine: str = _setting(
+        "torch", "instant: no model, for tests; vllm: many cards", choices=("torch", "instant", "vllm")
+    )
+    vllm_args: str = _setting("", "more for engine vllm: a JSON object, or name=value name=value", **_VLLM_ARGS)
     data_dir: str = _setting("~/.local/share/headrace", "folder of the embedded Valkey: the queue lives here")
     durability: str = _setting(
         "fsync", "a 202 means: on a replica's disk too, on disk, or in memory", choices=("replica", "fsync", "memory")

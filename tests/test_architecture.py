@@ -33,6 +33,7 @@ HOME: Mapping[str, tuple[str, ...]] = {
     "torch": ("core", "worker/engine_process.py"),  # which sets its threads and picks its card
     **dict.fromkeys(("transformers", "safetensors", "gguf", "numpy", "huggingface_hub", "tokenizers"), ("core",)),
     **dict.fromkeys(("fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client"), ("api",)),
+    "vllm": ("core/vllm_engine.py",),
     **dict.fromkeys(("httpx2", "rich"), ("headrace",)),
 }
 

@@ -31,7 +31,7 @@ def read(name: str) -> dict[str, Any]:
     return dict(yaml.safe_load((ROOT / name).read_text(encoding="utf-8")))
 
 
-BASE, GPU = read("docker-compose.yml"), read("docker-compose.gpu.yml")
+BASE, GPU, VLLM = (read(f"docker-compose{name}.yml") for name in ("", ".gpu", ".vllm"))
 SERVICES: dict[str, dict[str, Any]] = BASE["services"]
 
 #: ``valkey-cli ping``: the images have it, the wheel that tests use has only the server.
@@ -239,6 +239,21 @@ def test_the_gpu_overlay_changes_the_worker_only_and_asks_for_cards() -> None:
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
     assert worker["image"] != SERVICES["worker"]["image"]
     assert worker["environment"]["HEADRACE_DEVICE"] == "cuda"
+
+
+def test_the_vllm_overlay_changes_the_worker_only_and_its_variables_are_settings() -> None:
+    from headrace.layers import load
+
+    assert set(VLLM["services"]) == {"worker"}
+    worker = VLLM["services"]["worker"]
+    recipe = worker["build"]["dockerfile_inline"]
+    environ = {k: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(v)) for k, v in worker["environment"].items()}
+
+    assert load({}, environ).engine == "vllm"
+    assert set(re.findall(r"^COPY (\w+) ", recipe, flags=re.M)) >= {"api", "core", "headrace", "jobs", "worker"}
+    assert "ENTRYPOINT []" in recipe
+    assert worker["image"] not in (SERVICES["worker"]["image"], GPU["services"]["worker"]["image"])
+    assert worker["deploy"] == GPU["services"]["worker"]["deploy"]
 
 
 def test_the_image_is_not_root_copies_every_room_and_nothing_else() -> None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
 import torch
 import transformers
 
@@ -99,3 +102,15 @@ def make_from(config: Any, folder: Path, seed: int = 0) -> TinyModel:
                 parameter.add_(torch.randn_like(parameter) * 0.1)  # not all ones: a norm left out must show
     model.save_pretrained(folder)
     return TinyModel(folder, model)
+
+
+def make_with_words(folder: Path) -> Path:
+    """A tiny Llama of a shape that every engine takes, whose ids 3 … 63 are the words w3 … w63."""
+    shape = {**_COMMON, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    make_from(transformers.LlamaConfig(**{**shape, "max_position_embeddings": 256}), folder)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{number}": number for number in range(3, VOCAB)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder

@@ -74,13 +74,13 @@ def environment(url: str, **settings: object) -> dict[str, str]:
 
 
 @contextmanager
-def worker(url: str, folder: Path, **settings: object) -> Iterator[WorkerProcess]:
+def worker(url: str, folder: Path, *, python: object = sys.executable, **settings: object) -> Iterator[WorkerProcess]:
     """A worker that is registered, and killed with its engine process if the test leaves it running."""
     client = redis.Redis.from_url(url)
     name = f"w{time.monotonic_ns()}"
     log = folder / f"{name}.log"
     with log.open("wb") as out:
-        command = [sys.executable, "-P", "-m", "worker"]
+        command = [str(python), "-P", "-m", "worker"]
         environ = environment(url, worker_name=name, **settings)
         parent = subprocess.Popen(command, env=environ, stdout=out, stderr=out, cwd=folder)
     process = WorkerProcess(name, parent, log, client)

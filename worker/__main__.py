@@ -15,6 +15,8 @@ from worker.pulse import Pulse
 from worker.settings import WorkerSettings
 
 ENGINE_PROCESS = "--engine-process"
+#: vLLM tells its makers of each start; nothing of ours calls home unless somebody says so.
+VLLM_QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 USAGE = "usage: python -m worker   (settings: HEADRACE_<NAME> in the environment; see docs/workers.md)"
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 KILL_AFTER_SECONDS = 3.0  #: the parent gives a draining process so much longer than it asked for
@@ -54,9 +56,10 @@ def run_parent(settings: WorkerSettings, store_settings: StoreSettings, environm
 
     rooms = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, (rooms, environment.get("PYTHONPATH"))))
+    quiet = {**VLLM_QUIET, "VLLM_LOGGING_LEVEL": settings.log_level.upper()} if settings.engine == "vllm" else {}
     config = ParentConfig(
         command=(sys.executable, "-P", "-m", "worker", ENGINE_PROCESS, str(os.getpid())),
-        environment={**environment, "PYTHONPATH": path},
+        environment={**quiet, **environment, "PYTHONPATH": path},
         name=settings.worker_name,
         stop_seconds=settings.drain_seconds + KILL_AFTER_SECONDS,
         stall_seconds=settings.stall_seconds,

@@ -21,7 +21,7 @@ from worker.loop import Worker
 from worker.presence import Presence
 from worker.pulse import Pulse
 from worker.rq_worker import RqWorker
-from worker.settings import WorkerSettings
+from worker.settings import WorkerSettings, read_vllm_args
 from worker.stop import Stop
 from worker.upkeep import Upkeep
 
@@ -58,6 +58,8 @@ def load(settings: WorkerSettings, threads: int) -> EngineProtocol:
     if settings.engine == "instant":
         seconds = settings.instant_step_ms / 1000
         return InstantEngine(InstantConfig(step_seconds=seconds, max_running=settings.max_running))
+    if settings.engine == "vllm":
+        return _load_vllm(settings)
     from core.engine import Engine
 
     return Engine.load(_configure(settings, threads))
@@ -126,6 +128,30 @@ def _configure(settings: WorkerSettings, threads: int) -> EngineConfig:
         )
     except ValueError as error:
         raise SettingError(f"the engine's settings: {error}") from error
+
+
+def _load_vllm(settings: WorkerSettings) -> EngineProtocol:
+    """vLLM sees to threads and cards itself."""
+    try:
+        from core.vllm_engine import VllmConfig, VllmEngine
+    except ImportError as error:
+        raise SettingError(f"HEADRACE_ENGINE: is vllm, and vLLM cannot be imported here: {error}") from error
+    try:
+        config = VllmConfig(
+            model=settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            device=settings.device,
+            kv_memory=settings.kv_memory,
+            max_model_len=settings.max_model_len,
+            max_running=settings.max_running,
+            step_tokens=settings.step_tokens,
+            hf_token=settings.hf_token,
+            args=read_vllm_args(settings.vllm_args),
+        )
+    except ValueError as error:
+        raise SettingError(f"the engine's settings: {error}") from error
+    return VllmEngine.load(config)
 
 
 def _set_threads(threads: int) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from jobs.settings import DURABILITIES
 
-ENGINES = ("torch", "instant")
+ENGINES = ("torch", "instant", "vllm")
 DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LONGEST_STALL = 86_400  #: seconds
+MOST_VLLM_ARGS = 4_096  #: characters
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +24,7 @@ class WorkerSettings:
         ValueError: naming the field and the value.
     """
 
-    engine: str = "torch"  #: "instant" needs no model and no torch
+    engine: str = "torch"  #: "instant" needs no model and no torch; "vllm" is an extra of its own
     model: str = "smollm2-135m"
     revision: str = ""
     dtype: str = "auto"
@@ -31,6 +34,7 @@ class WorkerSettings:
     max_running: int = 32  #: sequences in the engine at once
     step_tokens: int = 256  #: token budget of a step
     instant_step_ms: float = 0.0
+    vllm_args: str = ""  #: more for the vllm engine, see ``read_vllm_args``
     durability: str = "fsync"  #: what the server must be able to promise
     workers: int = 1  #: at least so many share this host
     worker_index: int = 0  #: takes card ``index mod cards``
@@ -49,6 +53,9 @@ class WorkerSettings:
         _one_of("device", self.device, DEVICES)
         _one_of("durability", self.durability, DURABILITIES)
         _one_of("log_level", self.log_level, LOG_LEVELS)
+        read_vllm_args(self.vllm_args)
+        if self.vllm_args and self.engine != "vllm":
+            raise ValueError(f"vllm_args: is for engine vllm, and this is {self.engine}")
         for name, low in _LEAST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: must be at least {low:g}, not {getattr(self, name)!r}")
@@ -79,3 +86,32 @@ _LEAST = {
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: must be one of {', '.join(known)}, not {value!r}")
+
+
+def read_vllm_args(text: str) -> dict[str, Any]:
+    """Arguments by name, from a JSON object or from ``name=value name=value`` with values in JSON where they are JSON.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if len(text) > MOST_VLLM_ARGS:
+        raise ValueError(f"vllm_args: must be at most {MOST_VLLM_ARGS} characters")
+    if text.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"vllm_args: is no JSON object: {error}") from error
+    args = {}
+    for word in text.split():
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ValueError(f"vllm_args: must be a JSON object or name=value name=value, not {word!r:.80}")
+        args[name] = _as_json(value)
+    return args
+
+
+def _as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

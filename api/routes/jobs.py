@@ -81,6 +81,7 @@ async def delete(here: Here, job_id: Id) -> Response:
 async def _submit(here: Context, body: GenerateBody | PredictBody, job_id: str, prefer: str) -> Response:
     asked = body.to_request()
     request = dataclasses.replace(asked, model=await here.fleet.settle(asked.model))
+    await here.fleet.refuse_unable(request)
     new = body.to_new_job(job_id, request, result_ttl_seconds=here.settings.result_ttl_seconds)
     submitted = await here.store.submit(new)
     job = submitted.job

@@ -16,7 +16,7 @@ from headrace.up import House, Ready, Terminal, check_before_start
 from headrace.verbs.verb import OK, Invocation, Verb
 
 MODEL_SETTINGS = ("model", "revision", "dtype", "device", "engine")
-ENGINE_SETTINGS = (*MODEL_SETTINGS, "kv_memory", "max_model_len", "max_running", "step_tokens", "threads")
+ENGINE_SETTINGS = (*MODEL_SETTINGS, "vllm_args", "kv_memory", "max_model_len", "max_running", "step_tokens", "threads")
 WORKER_SETTINGS = (
     *ENGINE_SETTINGS,
     *("drain_seconds", "stall_seconds", "lease_seconds", "grace_seconds", "tick_seconds"),
