@@ -1,6 +1,7 @@
 """What the worker's loop costs beside the engine: its seconds outside ``step()`` over the engine's inside it.
 
     python -m benchmarks.publishing --dtype float32 bfloat16
+    python -m benchmarks.publishing --engine vllm --python .venv-vllm/bin/python --vllm-args enable_prefix_caching=false
 
 The workload of ``benchmarks.workload`` runs through a real worker process (32 rows) and a Valkey of its own that syncs
 each write to the disk; what happens in a step is published by one pipeline after it. Prints the median of the runs.
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -36,6 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="alias, folder or hub name")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
+    parser.add_argument("--engine", default="torch", choices=["torch", "vllm"])
+    parser.add_argument("--python", default=sys.executable, help="the worker's: vLLM has an environment of its own")
+    parser.add_argument("--vllm-args", default="", help="see docs/vllm.md")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
@@ -45,18 +49,19 @@ def main() -> None:
     print("|---|---|---|---|---|", flush=True)
     for dtype in arguments.dtype:
         with serving() as url:
-            print(row(dtype, measure(url, folder, dtype, items, arguments.repeats)), flush=True)
+            settings = {"engine": arguments.engine, "vllm_args": arguments.vllm_args, "model": folder, "dtype": dtype}
+            with running_workers(url, 1, python=arguments.python, max_running=RUNNING, **settings):
+                print(row(dtype, measure(url, items, arguments.repeats)), flush=True)
     print(f"\n{describe_machine()}, {time.strftime('%Y-%m-%d')}, `python -m benchmarks.publishing`")
 
 
-def measure(url: str, folder: Path, dtype: str, items: Sequence[Item], repeats: int) -> list[dict[str, float]]:
+def measure(url: str, items: Sequence[Item], repeats: int) -> list[dict[str, float]]:
     """The worker's counters of each run, after a warm-up."""
     store = Store(StoreSettings(redis_url=url))
-    with running_workers(url, 1, model=folder, dtype=dtype, max_running=RUNNING):
-        await_it(lambda: find(store, "bench0"), "worker")
-        counters = [run(store, items[:4])]
-        for _ in range(repeats):
-            counters.append(run(store, items))
+    await_it(lambda: find(store, "bench0"), "worker")
+    counters = [run(store, items[:4])]
+    for _ in range(repeats):
+        counters.append(run(store, items))
     store.close()
     names = ("loop_seconds", "step_seconds", "steps")
     return [{name: after[name] - before[name] for name in names} for before, after in itertools.pairwise(counters)]

@@ -29,20 +29,24 @@ def describe_machine() -> str:
     return f"{os.cpu_count()} cores of {name}"
 
 
-def start_worker(url: str, name: str, **settings: object) -> subprocess.Popen[bytes]:
+def start_worker(
+    url: str, name: str, *, python: object = sys.executable, **settings: object
+) -> subprocess.Popen[bytes]:
     """A worker's parent; its processes are called after it. Only what it warns of is shown."""
     ours = {f"HEADRACE_{key.upper()}": str(value) for key, value in {"log_level": "warning", **settings}.items()}
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith("HEADRACE_") or key.endswith("_CACHE")
     }
     environment = {**kept, **ours, "HEADRACE_REDIS_URL": url, "HEADRACE_WORKER_NAME": name, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-P", "-m", "worker"], env=environment)
+    return subprocess.Popen([str(python), "-P", "-m", "worker"], env=environment)
 
 
 @contextmanager
-def running_workers(url: str, count: int, **settings: object) -> Iterator[list[subprocess.Popen[bytes]]]:
+def running_workers(
+    url: str, count: int, *, python: object = sys.executable, **settings: object
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     """So many workers, stopped at the end, whichever they are by then."""
-    processes = [start_worker(url, f"bench{number}", **settings) for number in range(count)]
+    processes = [start_worker(url, f"bench{number}", python=python, **settings) for number in range(count)]
     try:
         yield processes
     finally:
