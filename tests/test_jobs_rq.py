@@ -228,7 +228,11 @@ def test_retries_wait_for_their_interval_on_the_servers_clock(store: Store, queu
 
     assert due is not None
     assert due - valkey.time()[0] == pytest.approx(100, abs=2)
-    assert (theirs.get_status(), store.get(theirs.id).state) == ("scheduled", S.QUEUED)
+    assert (theirs.get_status(), store.get(theirs.id).state, store.get(theirs.id).worker) == (
+        "scheduled",
+        S.QUEUED,
+        None,
+    )
     assert audit(valkey) == []
     assert (store.promote(), take(store)) == (0, [])
     valkey.zadd(keys.SCHEDULED, {theirs.id: 1})

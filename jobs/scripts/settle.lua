@@ -36,6 +36,7 @@ if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ 
   if seconds > 0 then
     move(id, job, 'queued')
     call('HSET', key, 'status', 'scheduled', 'place', 'queued')
+    call('HDEL', key, 'worker_name')
     call('ZADD', K.scheduled, SECONDS + seconds, id)
     if job.deadline_at then call('ZADD', K.deadlines, job.deadline_at, id) end
   else
