@@ -26,10 +26,11 @@ from core.errors import EngineError, JobConflict, JobNotFound
 from core.request import Request
 from jobs import commands, keys, scripting
 from jobs.audit import audit, close_look
-from jobs.job import FINAL, MOVES, Job, JobState, NewJob
+from jobs.job import FINAL, MOVES, Job, JobState, NewJob, Resume
 from jobs.logs import read_log
 from jobs.store import ClaimedJob, LoggedEvent, Outcome, Store
 from tests.jobs_world import (
+    CARD,
     born,
     ended,
     failed,
@@ -45,8 +46,9 @@ from tests.jobs_world import (
 from tests.jobs_world import said as said_by
 
 S = JobState
-STEPS = int(os.environ.get("HEADRACE_MODEL_STEPS", "1000"))
-WORKERS = ("w", "v", "u")
+STEPS = int(os.environ.get("HEADRACE_MODEL_STEPS", "5000"))
+#: Two compute alike, one otherwise: what it may go on with, a job's resume policy and its readers decide.
+WORKERS = {"w": CARD, "v": CARD, "u": dataclasses.replace(CARD, dtype="bfloat16")}
 JOBS = 12  #: at a time
 
 
@@ -63,6 +65,7 @@ class Walk:
         self.attempts: dict[str, int] = {}
         self.ids: list[str] = []
         self.made = 0
+        self.read: dict[str, str] = {}  #: unfinished answers somebody has read -> identity of the engine that began
         self.by_rq: set[str] = set()  #: ids that stock RQ moved, and nobody has looked at since
         self.pushed: set[str] = set()  #: ids that stock RQ pushed once more
 
@@ -87,6 +90,8 @@ class Walk:
             assert job.attempt >= self.attempts[job_id], f"{job_id}: the fence fell"
             assert not (job.state is S.QUEUED and job.cancel_requested), f"{job_id}: cancelled, and waits"
             self.states[job_id], self.attempts[job_id] = job.state, job.attempt
+            if job.state in FINAL:
+                self.read.pop(job_id, None)
             told = [event.fields["token_ids"][0] for event in events if event.type == "token"]
             assert told == list(range(len(told))), f"{job_id}: {told}"
         for job_id in self.ids if whole else ():
@@ -118,6 +123,7 @@ class Walk:
     def forget(self, job_id: str) -> None:
         self.ids.remove(job_id)
         del self.states[job_id], self.attempts[job_id]
+        self.read.pop(job_id, None)
 
     # -- acts
 
@@ -126,7 +132,8 @@ class Walk:
             self.made += 1
             job_id = f"j{self.made}"
             deadline = 60.0 if self.random.random() < 0.3 else None
-            self.store.submit(NewJob(id=job_id, request=Request(prompt="x"), deadline_seconds=deadline))
+            resume = self.random.choice(list(Resume))
+            self.store.submit(NewJob(id=job_id, request=Request(prompt="x"), deadline_seconds=deadline, resume=resume))
             if self.random.random() < 0.2:
                 self.client.hset(f"{keys.JOB}{job_id}", mapping={"retries_left": 2, "retry_intervals": "[0, 5]"})
             self.ids.append(job_id)
@@ -137,11 +144,13 @@ class Walk:
             assert not self.store.submit(NewJob(id=self.any_id(), request=Request(prompt="x"))).created
 
     def claim(self) -> None:
-        name = self.random.choice(WORKERS)
+        name = self.any_worker()
         mine = self.held[name]
-        jobs = take(self.store, name, self.random.randint(1, 4), len(mine))
+        jobs = take(self.store, name, self.random.randint(1, 4), len(mine), card=WORKERS[name])
         for job in jobs:
             assert job.attempt > self.attempts[job.id], f"{job.id}: claimed without raising the fence"
+            if job.id in self.read and self.peek(job.id).resume is not Resume.ANY:
+                assert self.read[job.id] == WORKERS[name].identity, f"{job.id}: another engine went on"
         if self.random.random() < 0.8:  # else the reply is lost, and the next beat tells
             mine.update({job.id: job for job in jobs})
 
@@ -216,27 +225,27 @@ class Walk:
             self.zombies.append(job)
 
     def die(self) -> None:
-        name = self.random.choice(WORKERS)
+        name = self.any_worker()
         self.bury(name)
         kill(self.store, name)
-        born(self.store, name)
+        born(self.store, name, card=WORKERS[name])
 
     def fall_silent(self) -> None:
-        name = self.random.choice(WORKERS)
+        name = self.any_worker()
         wipe_lease(self.client, name)
         self.store.reap()
         if self.random.random() < 0.5:
             outlast_grace(self.client, name)
             self.store.reap()
             self.bury(name)
-        born(self.store, name)
+        born(self.store, name, card=WORKERS[name])
 
     def bury(self, name: str) -> None:
         self.zombies += self.held[name].values()
         self.held[name].clear()
 
     def renew(self) -> None:
-        name = self.random.choice(WORKERS)
+        name = self.any_worker()
         beat = self.store.renew(name, "busy", {job.id: job.attempt for job in self.held[name].values()}, {})
         for job_id in beat.lost:
             self.zombies.append(self.held[name].pop(job_id))
@@ -292,6 +301,24 @@ class Walk:
     def rq_job(self, job_id: str) -> RqJob:
         return RqJob.fetch(job_id, connection=self.client, serializer=JSONSerializer)
 
+    def show(self) -> None:
+        """Somebody reads an answer: from now on it is never started over, and only its like goes on."""
+        if not self.ids:
+            return
+        job_id = self.any_id()
+        events = self.store._runner.run(commands.show(job_id, -1))
+        begun = self.client.hget(f"{keys.JOB}{job_id}", "engine")
+        if self.states[job_id] not in FINAL and begun and any(event.type == "token" for event in events):
+            self.read[job_id] = begun.decode()
+
+    def lose_patience(self) -> None:
+        for job_id in self.client.zrange(keys.WAITS, 0, -1):
+            self.client.zadd(keys.WAITS, {job_id: 1})
+        self.store.expire()
+
+    def any_worker(self) -> str:
+        return self.random.choice(list(WORKERS))
+
     def any_id(self) -> str:
         return self.random.choice(self.ids)
 
@@ -320,6 +347,8 @@ ACTS: dict[str, tuple[int, Callable[[Walk], None]]] = {
     "rq cancel": (1, Walk.rq_cancel),
     "rq requeue": (2, Walk.rq_requeue),
     "rq clean": (1, Walk.rq_clean),
+    "show": (3, Walk.show),
+    "lose patience": (1, Walk.lose_patience),
 }
 
 
@@ -332,7 +361,8 @@ def reachable(state: JobState, act: str) -> frozenset[JobState]:
 def walk(store: Store, seed: int, steps: int) -> None:
     """Take so many steps, checking each."""
     world = Walk(store, seed)
-    born(store, *WORKERS)
+    for name, card in WORKERS.items():
+        born(store, name, card=card)
     trail: list[str] = []
     for number in range(steps):
         try:
@@ -349,7 +379,7 @@ def store(valkey_url: str) -> Iterator[Store]:
     store.close()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_no_walk_breaks_a_promise(store: Store, seed: int) -> None:
     walk(store, seed, STEPS)
 
