@@ -67,7 +67,7 @@ class Walk:
         self.made = 0
         self.read: dict[str, str] = {}  #: unfinished answers somebody has read -> identity of the engine that began
         self.by_rq: set[str] = set()  #: ids that stock RQ moved, and nobody has looked at since
-        self.pushed: set[str] = set()  #: ids that stock RQ pushed once more
+        self.pushed: set[str] = set()  #: ids that may be in a list once more, by stock RQ's doing
 
     def step(self) -> str:
         """Do one random thing."""
@@ -287,12 +287,14 @@ class Walk:
     def rq_cancel(self) -> None:
         if self.ids and self.states[job_id := self.any_id()] not in FINAL:  # RQ would let one cancel what has ended
             self.by_rq.add(job_id)
+            self.pushed.add(job_id)  # its id may stay in a list after RQ's cancel, and be queued once more
             self.rq_job(job_id).cancel()
 
     def rq_requeue(self) -> None:
         if self.ids:
             job_id = self.any_id()
             self.by_rq.add(job_id)
+            self.pushed.add(job_id)  # its id may stay in a list after RQ's cancel, and be queued once more
             self.rq_job(job_id).requeue()
 
     def rq_clean(self) -> None:
