@@ -121,7 +121,7 @@ local function finish(id, job, state, how)
   local dependents = job.rate_limit_key or call('EXISTS', K.job .. id .. ':dependents') == 1
   if dependents then call('SADD', K.dependents, id) end
   if seconds == 0 and dependents then seconds = 60 end -- RQ's code still has to look at it
-  if seconds ~= 0 then pack_log(id, how.text_bytes ~= job.text_bytes) end
+  if seconds ~= 0 then pack_log(id, how.text_bytes ~= job.text_bytes or job.resume == 'any') end
   retain(id, job, seconds)
   return dependents
 end
