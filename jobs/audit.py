@@ -1,7 +1,7 @@
 """Is every job in exactly the one place that its state names? The oracle of the tests, and what a doctor looks at.
 
-``audit`` looks at every job closely. ``Doctor`` first compares sets, which a queue of a million stands, and looks
-closely only at what seems wrong: each job is then seen at one moment, so a running house raises no false alarm.
+Each job is seen at one moment, so a running house raises no false alarm. ``audit`` looks for each job in each list;
+``suspicious`` reads the lists once, which a queue of a million stands.
 """
 
 from __future__ import annotations

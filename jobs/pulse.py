@@ -69,10 +69,8 @@ class Pulse:
     async def _run(self) -> None:
         while True:
             problem = await self._look()
-            if problem not in (None, SILENT):
-                problem = (
-                    await self._look()
-                )  # a connection that was cut says nothing about the server; a fresh one does
+            if problem not in (None, SILENT):  # a cut connection says nothing about the server; a fresh one does
+                problem = await self._look()
             self._note(problem)
             await asyncio.sleep(PAUSE_SECONDS)
 
