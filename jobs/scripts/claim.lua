@@ -81,7 +81,12 @@ local function must_hold(list)
 end
 
 if room < 1 or call('EXISTS', K.suspended) == 1 or not call('ZSCORE', K.leases, worker) then return {taken, 0, 0, 0} end
-for _, list in ipairs({K.like_suspects .. identity, K.suspects .. '.' .. model, K.suspects}) do
+local suspects = {K.like_suspects .. identity, K.suspects .. '.' .. model, K.suspects}
+local others = {K.like .. identity, K.model_ready .. model, K.ready}
+if call('EXISTS', suspects[1], suspects[2], suspects[3], unpack(others)) == 0 then
+  suspects, others = {}, {} -- most claims of an idle house: one look instead of six
+end
+for _, list in ipairs(suspects) do
   if running > 0 then
     if must_hold(list) then return {taken, 0, 1, 0} end
   else
@@ -93,7 +98,7 @@ for _, list in ipairs({K.like_suspects .. identity, K.suspects .. '.' .. model, 
     end
   end
 end
-for _, list in ipairs({K.like .. identity, K.model_ready .. model, K.ready}) do
+for _, list in ipairs(others) do
   while #taken < room do
     local id, job = pop(list)
     if not id then break end
