@@ -30,7 +30,7 @@ class Sleeper:
             return self._client.blpop(list(lists), timeout=min(max(seconds, 0.01), LONGEST_SECONDS)) is not None
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
-        except AttributeError as error:  # the client was about to use the socket that interrupt took away
+        except (AttributeError, TypeError, ValueError) as error:  # it was about to use the socket that interrupt took
             if not self._interrupted:
                 raise
             raise StoreUnavailable("the wait was interrupted") from error

@@ -19,6 +19,7 @@ from jobs.job import JobState
 from jobs.scripting import scripts
 from jobs.settings import StoreSettings
 from jobs.store import Outcome, Store
+from jobs.wake import Sleeper
 from tests.conftest import Server, start_valkey
 from tests.jobs_world import add, audit, born, done, ended, kill, say, settings, take, text_of
 from tests.proxy import proxied
@@ -321,6 +322,25 @@ def test_an_idle_worker_wakes_when_a_job_comes(store: Store) -> None:
 
     assert store.wait(10)
     assert [job.id for job in take(store)] == ["a"]
+
+
+@pytest.mark.parametrize("fault", [AttributeError, TypeError, ValueError])
+def test_whatever_the_client_says_of_the_socket_that_went_away_is_an_interruption_and_else_a_bug(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    """A signal may come at any point of the client's own work on its socket."""
+    sleeper = Sleeper(valkey_url)
+
+    def stumble(*_: object, **__: object) -> None:
+        raise fault("the socket is gone")
+
+    monkeypatch.setattr(sleeper._client, "blpop", stumble)
+    with pytest.raises(fault):
+        sleeper.wait(["nothing"], 0.1)
+    sleeper.interrupt()
+    with pytest.raises(StoreUnavailable, match="interrupted"):
+        sleeper.wait(["nothing"], 0.1)
+    sleeper.close()
 
 
 def test_a_wait_that_is_interrupted_ends_at_once_and_the_next_one_works(store: Store) -> None:
