@@ -206,14 +206,15 @@ print(q.enqueue("headrace.generate", {"input": {"prompt": "Once upon"}, "params"
 
 def test_the_queue_outlives_the_whole_house() -> None:
     with tempfile.TemporaryDirectory(prefix="hr-e2e-") as name:
-        first = start_house(Path(name), "--engine", "instant", "--instant-step-ms", "20")
+        times = ("--lease-seconds", "2", "--grace-seconds", "1", "--tick-seconds", "0.5")
+        first = start_house(Path(name), "--engine", "instant", "--instant-step-ms", "20", *times)
         ids = [submit(first, body(59)) for _ in range(40)]
         pids = engine_processes(first)
         first.process.kill()
         first.process.wait(10)
         for pid in pids:
             await_death(pid)
-        second = start_house(Path(name), "--engine", "instant")
+        second = start_house(Path(name), "--engine", "instant", *times)
         jobs = [finished(second, job_id) for job_id in ids]
 
         assert {job["status"] for job in jobs} == {"succeeded"}
