@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.largest import reach
 from core.request import SamplingParams, TokenLogprob
 
-LIKELIEST = 1024  #: candidates looked at before a whole vocabulary is sorted
+LIKELIEST = 1024  #: candidates looked at before a whole vocabulary is
 _MASK = 2**64 - 1
 
 
@@ -67,11 +68,11 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What the filters leave of each row, likeliest first."""
+    """What the filters leave of each row's candidates, likeliest first; of equally likely ones the lower id."""
 
     token_ids: Tensor  #: int64 [rows, candidates]
     weights: Tensor  #: float32 [rows, candidates]; 0 where filtered out
-    decided: Tensor  #: bool [rows]: nothing outside the candidates could have been kept
+    decided: Tensor  #: bool [rows]: nothing outside the candidates is kept
 
 
 def keep(logits: Tensor, draws: Sequence[Draw], candidates: int) -> Kept:
@@ -82,23 +83,67 @@ def keep(logits: Tensor, draws: Sequence[Draw], candidates: int) -> Kept:
         draws: one a row.
     """
     vocab = logits.shape[1]
-    scaled = logits / _column(logits, [how.params.temperature for how in draws])
-    top_k = _column(logits, [min(how.params.top_k or vocab, vocab) for how in draws])
-    top_p = _column(logits, [how.params.top_p for how in draws])
-    min_p = _column(logits, [how.params.min_p for how in draws])
-    values, token_ids = torch.topk(scaled, min(candidates, vocab), dim=-1)
-    weights = torch.exp(values - values[:, :1])  # of the likeliest: 1, so that min-p compares with them
+    whole, top_k, top_p, min_p = _scale(logits, draws)
+    weights, token_ids = _likeliest(whole, min(candidates, vocab))
+    last = weights[:, -1:].clone()
     weights = weights.masked_fill(torch.arange(weights.shape[1], device=logits.device) >= top_k, 0.0)
-    whole = torch.exp(torch.logsumexp(scaled, -1, keepdim=True) - values[:, :1])
-    total = torch.where(top_k <= weights.shape[1], weights.sum(-1, keepdim=True), whole)
-    reached = weights.cumsum(-1)
-    kept = ((reached - weights < top_p * total) | (top_p >= 1)) & (weights >= min_p)
+    few = top_k <= weights.shape[1]
+    total = torch.where(few, _sum(weights), _sum(whole))
+    reached = weights.cumsum(-1, dtype=torch.float64)
+    kept = ((reached - weights < top_p * total) | (top_p >= 1)) & (weights >= min_p) & (weights > 0)
     kept[:, 0] = True
-    last = weights.shape[1] - 1
-    past = (top_k <= last + 1) | ((reached[:, -1:] >= top_p * total) & (top_p < 1)) | (weights[:, -1:] < min_p)
-    known = (top_k <= last + 1) | (top_k >= vocab) | (top_p >= 1)  # else the sum that top-p is a share of is not
-    decided = (past & known).squeeze(1) | (last + 1 == vocab)
-    return Kept(token_ids, weights.masked_fill(~kept, 0.0), decided)
+    weights = weights.masked_fill(~kept, 0.0)
+    least = weights.masked_fill(~kept, 2.0).amin(-1, keepdim=True)
+    known = few | (top_k >= vocab) | (top_p >= 1)  # else the sum that top-p is a share of is not
+    decided = known & (least > last)  # those that are as likely as the last one may not all be candidates
+    return Kept(token_ids, weights, decided.squeeze(1) | (weights.shape[1] == vocab))
+
+
+def keep_of_all(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The same of the whole vocabulary, which is not sorted for it.
+
+    Returns:
+        float32 [rows, vocab], the weights by token id; 0 where filtered out.
+    """
+    rows = zip(logits.split(1), draws, strict=True)  # one row stays in the cache; all of them take three times as long
+    return torch.cat([_keep_of_row(row, how) for row, how in rows])
+
+
+def _keep_of_row(logits: Tensor, how: Draw) -> Tensor:
+    """float32 [1, vocab]"""
+    weights, top_k, top_p, min_p = _scale(logits, [how])
+    some = weights >= min_p
+    if 0 < how.params.top_k < logits.shape[1]:
+        counted = reach(weights, torch.ones_like(weights, dtype=torch.float64), top_k.double())
+        some &= counted
+        weights = weights.masked_fill(~counted, 0.0)
+    if how.params.top_p < 1:
+        mass = weights.double()
+        some &= reach(weights, mass, top_p * _sum(mass))
+    return weights.masked_fill(~some, 0.0)
+
+
+def _scale(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights by token id, of which the likeliest has 1; and top-k, top-p, min-p, a column each."""
+    vocab = logits.shape[1]
+    scaled = logits / _column(logits, [how.params.temperature for how in draws])
+    weights = torch.exp(scaled - scaled.amax(-1, keepdim=True))
+    top_k = _column(logits, [min(how.params.top_k or vocab, vocab) for how in draws])
+    top_p = _column(logits, [how.params.top_p for how in draws]).double()
+    min_p = _column(logits, [how.params.min_p for how in draws])
+    return weights, top_k, top_p, min_p
+
+
+def _sum(weights: Tensor) -> Tensor:
+    return weights.sum(-1, keepdim=True, dtype=torch.float64)
+
+
+def _likeliest(weights: Tensor, candidates: int) -> tuple[Tensor, Tensor]:
+    """The largest weights and their ids; equal ones in the order of their ids, whatever ``topk`` makes of them."""
+    values, token_ids = torch.topk(weights, candidates, dim=-1, sorted=False)
+    token_ids, order = torch.sort(token_ids, dim=-1)
+    values, order = torch.sort(values.gather(1, order), dim=-1, descending=True, stable=True)
+    return values, token_ids.gather(1, order)
 
 
 def _draw_plain(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -107,13 +152,13 @@ def _draw_plain(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _draw_filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """A full sort of the vocabulary costs a step and a half; few rows need one."""
+    """Few rows need more than their likeliest tokens, which cost a sixth of the whole."""
     kept = keep(logits, draws, LIKELIEST)
     token_ids = _pick(kept, draws)
     rows = (~kept.decided).nonzero().flatten().tolist()
     if rows:
         again = [draws[row] for row in rows]
-        token_ids[rows] = _pick(keep(logits[rows], again, logits.shape[1]), again)
+        token_ids[rows] = _invert(keep_of_all(logits[rows], again), again)
     return token_ids
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from core.request import SamplingParams
-from core.sampler import Draw, draw, keep
+from core.sampler import Draw, draw, keep, keep_of_all
 
 PARAMS = [
     SamplingParams(temperature=1.0),
@@ -53,31 +56,80 @@ def test_many_draws_have_the_filtered_distribution(params: SamplingParams) -> No
         assert abs(seen.count(token) / count - probability) < 5 * spread + 1e-9
 
 
-@pytest.mark.parametrize("seed", range(30))
-@pytest.mark.parametrize("candidates", [8, 64, 300])
-def test_the_kept_set_is_exact_or_known_to_be_undecided(seed: int, candidates: int) -> None:
-    draw_from, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    logits = torch.randn(6, 300, generator=generator) * draw_from.choice([0.3, 1.0, 4.0])
-    how = [
-        SamplingParams(
-            temperature=draw_from.choice([0.3, 1.0, 2.0]),
-            top_k=draw_from.choice([0, 1, 5, 50, 300, 1000]),
-            top_p=draw_from.choice([1.0, 0.999, 0.9, 0.3, 1e-6]),
-            min_p=draw_from.choice([0.0, 0.0, 0.1, 1.0]),
-        )
-        for _ in range(6)
-    ]
+def kept_the_slow_way(logits: torch.Tensor, params: SamplingParams) -> set[int]:
+    """Sort everything, then take one token after the other: of equally likely ones the lower id first."""
+    scaled = logits / params.temperature
+    weights: list[float] = torch.exp(scaled - scaled.max()).tolist()
+    order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
+    order = order[: params.top_k or len(order)]
+    total, reached, kept = sum(weights[token] for token in order), 0.0, set()
+    for token in order:
+        if params.top_p == 1 or reached < params.top_p * total:
+            kept.add(token)
+        reached += weights[token]
+    return {token for token in kept if weights[token] >= float(np.float32(params.min_p)) and weights[token] > 0}
 
-    kept = keep(logits, [Draw(params, 0, 0) for params in how], candidates)
+
+@st.composite
+def filtered(draw_from: st.DrawFn) -> tuple[torch.Tensor, list[SamplingParams]]:
+    """Rows, flat and steep, with many equal logits among them, and a filter for each."""
+    rows, vocab = draw_from(st.integers(1, 4)), draw_from(st.sampled_from([1, 2, 40, 300]))
+    generator = torch.Generator().manual_seed(draw_from(st.integers(0, 2**32)))
+    logits = torch.randn(rows, vocab, generator=generator) * draw_from(st.sampled_from([0.0, 0.05, 1.0, 4.0, 30.0]))
+    if draw_from(st.booleans()):
+        logits = (logits * 4).round() / 4
+    if draw_from(st.booleans()):
+        logits[:, 1::3] = float("-inf")
+    params = st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.3, 1.0, 2.0]),
+        top_k=st.sampled_from([0, 1, 5, 50, 299, 300, 1000]),
+        top_p=st.sampled_from([1.0, 0.999, 0.9, 0.5, 1e-6]) | st.floats(1e-3, 1.0),
+        min_p=st.sampled_from([0.0, 0.0, 0.1, 1.0]),
+    )
+    return logits, draw_from(st.lists(params, min_size=rows, max_size=rows))
+
+
+@settings(max_examples=400, deadline=None)
+@given(filtered(), st.sampled_from([1, 8, 64, 300]))
+def test_the_kept_set_is_that_of_a_full_sort_wherever_it_is_looked_for(
+    drawn: tuple[torch.Tensor, list[SamplingParams]], candidates: int
+) -> None:
+    logits, how = drawn
+    draws = [Draw(params, 0, 0) for params in how]
+    kept, of_all = keep(logits, draws, candidates), keep_of_all(logits, draws)
 
     for row, params in enumerate(how):
-        expected = oracle(logits[row].double().tolist(), params)
+        expected = kept_the_slow_way(logits[row], params)
         found = {int(token) for token, weight in zip(kept.token_ids[row], kept.weights[row], strict=True) if weight > 0}
-        assert kept.decided[row] or candidates < 300
+        assert set(of_all[row].nonzero().flatten().tolist()) == expected
         if kept.decided[row]:
-            assert len(found ^ set(expected)) <= 1  # one token at the border may fall either way by rounding
-        elif not candidates < params.top_k < 300:  # there the sum that top-p is a share of is not known
-            assert len(expected) > candidates * 0.9
+            assert found == expected
+        assert kept.decided[row] or candidates < logits.shape[1]
+
+
+def test_equal_weights_are_kept_in_the_order_of_their_ids() -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+
+    assert keep_of_all(torch.zeros(1, 5000), [Draw(params, 0, 0)])[0].nonzero().flatten().tolist() == [*range(2500)]
+
+
+def test_a_few_likely_tokens_are_decided_without_the_whole_vocabulary() -> None:
+    logits = torch.randn(8, 20_000, generator=torch.Generator().manual_seed(1)) * 4
+    how = [SamplingParams(temperature=1.0, top_p=0.9), SamplingParams(temperature=1.0, top_k=50, min_p=0.01)] * 4
+
+    assert keep(logits, [Draw(params, 0, 0) for params in how], 1024).decided.all()
+
+
+def test_no_row_sorts_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    topk, sort = torch.topk, torch.sort
+    monkeypatch.setattr(torch, "topk", lambda x, k, **more: sizes.append(k) or topk(x, k, **more))
+    monkeypatch.setattr(torch, "sort", lambda x, **more: sizes.append(x.shape[-1]) or sort(x, **more))
+
+    draw(torch.zeros(2, 9000), [Draw(SamplingParams(temperature=1.0, top_p=0.99), 9, 0)] * 2)
+
+    assert max(sizes) == 1024
 
 
 def test_a_wide_distribution_draws_beyond_the_first_candidates() -> None:
