@@ -13,12 +13,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from core.bounds import (
     BOUNDS,
+    LOGIT_BIAS,
+    MAX_BAD_WORD_CHARACTERS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIASES,
     MAX_MESSAGES,
     MAX_MODEL_CHARACTERS,
     MAX_PROMPT_CHARACTERS,
     MAX_PROMPT_TOKENS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     MAX_TOKEN_ID,
 )
 from core.errors import InvalidField
@@ -53,6 +58,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
 Stop = Annotated[StopStrings, BeforeValidator(_listed, json_schema_input_type=StopString | StopStrings)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIdKey = Annotated[str, Field(min_length=1, max_length=len(str(MAX_TOKEN_ID)))]
+Bias = Annotated[float, Field(ge=LOGIT_BIAS.low, le=LOGIT_BIAS.high)]
+LogitBias = Annotated[dict[TokenIdKey, Bias], Field(max_length=MAX_LOGIT_BIASES)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
@@ -81,6 +90,13 @@ class Params(Body):
     stop: Stop = Field(default_factory=list)
     logprobs: Annotated[int, bounded("logprobs")] | None = None
     ignore_eos: bool = False
+    presence_penalty: Annotated[float, bounded("presence_penalty")] = _DEFAULT.presence_penalty
+    frequency_penalty: Annotated[float, bounded("frequency_penalty")] = _DEFAULT.frequency_penalty
+    repetition_penalty: Annotated[float, bounded("repetition_penalty")] = _DEFAULT.repetition_penalty
+    logit_bias: LogitBias = Field(default_factory=dict)
+    min_tokens: Annotated[int, bounded("min_tokens")] = _DEFAULT.min_tokens
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(default_factory=list)
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] = Field(default_factory=list)
 
 
 class Turn(Body):

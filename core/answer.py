@@ -33,9 +33,11 @@ class Answer:
     stream: TextStream
     stop: Sequence[str] = ()  #: the text ends before the first of these
     end_ids: Collection[int] = ()  #: token ids that end the answer and are not part of its text
+    min_tokens: int = 0  #: stop strings are looked for in the text after so many tokens
     text: str = ""
     held: str = ""
     finish_reason: FinishReason | None = None
+    _taken: int = field(init=False, default=0)  #: tokens
     _longest: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,9 +49,12 @@ class Answer:
         Args:
             last: no token may follow, so nothing is worth holding back.
         """
+        self._taken += 1
         if token_id in self.end_ids:
             return self.finish("stop")
         self.held += self.stream.push(token_id)
+        if self._taken <= self.min_tokens:
+            return self.finish("length") if last else self._release(len(self.held))
         if (cut := self._first_stop()) is not None:
             self.held = self.held[:cut]
             return self.finish("stop")

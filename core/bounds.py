@@ -18,6 +18,10 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_MESSAGES = 1_024
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_STOP_TOKEN_IDS = 128
+MAX_LOGIT_BIASES = 300
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARACTERS = 256
 MAX_MODEL_CHARACTERS = 256
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -53,7 +57,12 @@ BOUNDS: Mapping[str, Bound] = {
     "min_p": Bound(0.0, 1.0),
     "seed": Bound(0, 2**63 - 1, whole=True),
     "logprobs": Bound(0, 20, whole=True),
+    "presence_penalty": Bound(-2.0, 2.0),
+    "frequency_penalty": Bound(-2.0, 2.0),
+    "repetition_penalty": Bound(0.0, 2.0, above=True),
+    "min_tokens": Bound(0, 131_072, whole=True),
 }
+LOGIT_BIAS = Bound(-100.0, 100.0)  #: of each token
 
 
 def refuse_unknown(fields: Mapping[str, object], known: Collection[str], *, prefix: str = "") -> None:
@@ -85,19 +94,29 @@ def check_messages(contents: Collection[str]) -> None:
         raise InvalidField("input.messages", f"must hold at most {MAX_PROMPT_CHARACTERS} characters together")
 
 
-def check_token_ids(param: str, token_ids: tuple[object, ...]) -> None:
+def check_token_ids(param: str, token_ids: tuple[object, ...], most: int = MAX_PROMPT_TOKENS) -> None:
     """Raise ``InvalidField`` unless it is a list of token ids."""
-    if not 0 < len(token_ids) <= MAX_PROMPT_TOKENS:
-        raise InvalidField(param, f"must hold 1 to {MAX_PROMPT_TOKENS} token ids")
+    if not 0 < len(token_ids) <= most:
+        raise InvalidField(param, f"must hold 1 to {most} token ids")
     for token_id in token_ids:
         if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
             raise InvalidField(param, f"must hold token ids from 0 to {MAX_TOKEN_ID}")
 
 
-def check_stop(stop: tuple[object, ...]) -> None:
-    """Raise ``InvalidField`` unless it is stop strings."""
-    if len(stop) > MAX_STOP_STRINGS:
-        raise InvalidField("params.stop", f"must hold at most {MAX_STOP_STRINGS} strings")
-    for text in stop:
-        if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_CHARACTERS:
-            raise InvalidField("params.stop", f"must hold strings of 1 to {MAX_STOP_CHARACTERS} characters")
+def check_texts(param: str, texts: tuple[object, ...], most: int, characters: int) -> None:
+    """Raise ``InvalidField`` unless it is so many strings of such a length at most."""
+    if len(texts) > most:
+        raise InvalidField(param, f"must hold at most {most} strings")
+    for text in texts:
+        if not isinstance(text, str) or not 0 < len(text) <= characters:
+            raise InvalidField(param, f"must hold strings of 1 to {characters} characters")
+
+
+def check_logit_bias(pairs: tuple[tuple[object, object], ...]) -> None:
+    """Raise ``InvalidField`` unless it is token ids, each with what is added to its logit."""
+    if len(pairs) > MAX_LOGIT_BIASES:
+        raise InvalidField("params.logit_bias", f"must hold at most {MAX_LOGIT_BIASES} token ids")
+    for token_id, bias in pairs:
+        if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID:
+            raise InvalidField("params.logit_bias", f"must hold token ids from 0 to {MAX_TOKEN_ID}")
+        LOGIT_BIAS.check(f"params.logit_bias.{token_id}", bias)

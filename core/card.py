@@ -12,12 +12,20 @@ from core.request import Request, SamplingParams
 
 CHECKSUM_DIGITS = 16  #: of the weights' checksum, where two engines are told apart
 
+#: Parameters that a card which names no abilities has all the same: there were no others when it was written.
+FIRST_PARAMS = ("n", "seed", "top_p", "top_k", "min_p", "logprobs")
+#: Newer ones for which a token that an earlier attempt drew counts like one of the prompt.
+MEMORYLESS_PARAMS = ("repetition_penalty", "logit_bias", "stop_token_ids")
 #: Parameters that not every engine has: a request with one is refused where the card does not name it.
-OPTIONAL_PARAMS = ("n", "seed", "top_p", "top_k", "min_p", "logprobs")
+OPTIONAL_PARAMS = (
+    *FIRST_PARAMS,
+    *MEMORYLESS_PARAMS,
+    *("presence_penalty", "frequency_penalty", "min_tokens", "bad_words"),
+)
 RESUME = "resume"  #: a greedy answer that another attempt began goes on with the tokens of the undisturbed run
 RESUME_SAMPLED = "resume_sampled"  #: … and so does one that was drawn
 #: On the wire and in Redis: add, never rename. What is added is not what a card that says nothing can do.
-ALL_ABILITIES = (*OPTIONAL_PARAMS, RESUME, RESUME_SAMPLED)
+ALL_ABILITIES = (*FIRST_PARAMS, RESUME, RESUME_SAMPLED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

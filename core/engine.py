@@ -12,7 +12,7 @@ from core.attention import KVCache
 from core.batch import Batch, build_batch
 from core.blocks import BLOCK_TOKENS, BlockPool
 from core.budget import StepBudget
-from core.card import ModelCard, headrace_version
+from core.card import OPTIONAL_PARAMS, RESUME, RESUME_SAMPLED, ModelCard, headrace_version
 from core.choices import Choices
 from core.errors import ModelRefused, OutOfMemory, RequestError
 from core.memory import available_bytes, free_unused, is_out_of_memory, parse_size, usual_tokens
@@ -232,7 +232,8 @@ def _draws(step: Step, batch: Batch) -> list[Draw]:
             draws += [GREEDY] * count
         elif count:
             position = len(sequence.tokens) - sequence.prompt_tokens
-            draws.append(Draw(sequence.request.params, sequence.seed, position, sequence.index))
+            params, tokens = sequence.request.params, sequence.tokens
+            draws.append(Draw(params, sequence.seed, position, sequence.index, sequence.rules, tokens))
     return draws
 
 
@@ -263,4 +264,5 @@ def _card(loaded: LoadedModel, config: EngineConfig, slots: int) -> ModelCard:
         max_model_len=min(filter(None, (config.max_model_len, loaded.max_model_len, slots))),
         vocab_size=loaded.vocab_size,
         device=str(loaded.device),
+        abilities=(*OPTIONAL_PARAMS, RESUME, RESUME_SAMPLED),
     )

@@ -126,6 +126,7 @@ class InstantEngine:
         return not self._jobs
 
     def add(self, job_id: str, request: Request, emitted: tuple[Emitted, ...] = ()) -> None:
+        self.card.refuse(request)
         job = self._jobs[job_id] = _take(job_id, request, emitted)
         self.stats.prompt_tokens += sum(job.prompt_tokens + len(sequence.tokens) for sequence in job.sequences)
 

@@ -1,8 +1,8 @@
 """The largest of many weights, without sorting them: which reach a sum. Tensors only; knows no parameter and no token.
 
 A float that is not negative orders like its bit pattern. So one histogram over the upper 16 bits of the weights says in
-which bucket the sum is reached, another over the lower 16 bits of that bucket says at which weight, and among equal ones
-the place decides. Each is one pass over a row; of 49,152 weights that takes a sixth of a sort.
+which bucket the sum is reached, another over the lower 16 bits of that bucket says at which weight, and among equal
+ones the place decides. Each is one pass over a row; of 49,152 weights that takes a sixth of a sort.
 """
 
 from __future__ import annotations

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
+from collections.abc import Sequence as Many
+from typing import TypeAlias
 
 from core.answer import Answer, NoText
 from core.card import ModelCard
 from core.choices import Choices
 from core.errors import InvalidField, PromptTooLong, UnsupportedRequest
-from core.request import Emitted, Kind, Request
+from core.logits import rules_of
+from core.request import Emitted, Kind, Request, SamplingParams
 from core.sequence import Sequence
 from core.tokenizer import Tokenizer
+
+Words: TypeAlias = Many[Many[int]]  #: each as its token ids
 
 
 class Reader:
@@ -30,16 +35,18 @@ class Reader:
         """
         self._card.refuse(request)
         tokens = self._read_prompt(request)
+        bad_words = self._read_bad_words(request.params)
         count = 1 if request.kind is Kind.PREDICT else request.params.n
-        sequences = tuple(self._begin(job_id, request, tokens, index) for index in range(count))
+        sequences = tuple(self._begin(job_id, request, tokens, index, bad_words) for index in range(count))
         if request.kind is not Kind.PREDICT:
             for sequence, published in zip(sequences, emitted, strict=False):
                 sequence.resume(published)
         return Choices(job_id, request, len(tokens), sequences)
 
-    def _begin(self, job_id: str, request: Request, tokens: list[int], index: int) -> Sequence:
+    def _begin(self, job_id: str, request: Request, tokens: list[int], index: int, bad_words: Words) -> Sequence:
         """A choice of which nothing is drawn."""
         params = request.params
+        end_ids = frozenset(() if params.ignore_eos else self._end_ids).union(params.stop_token_ids)
         answer_tokens = 0 if request.kind is Kind.PREDICT else params.max_tokens
         return Sequence(
             job_id=job_id,
@@ -51,10 +58,23 @@ class Reader:
             answer=Answer(
                 stream=NoText() if self._tokenizer is None else self._tokenizer.stream(),
                 stop=params.stop,
-                end_ids=() if params.ignore_eos else self._end_ids,
+                end_ids=end_ids,
+                min_tokens=params.min_tokens,
             ),
             index=index,
+            rules=rules_of(params, len(tokens), end_ids, bad_words),
         )
+
+    def _read_bad_words(self, params: SamplingParams) -> Words:
+        """Their token ids; and ids that a parameter names are in the vocabulary."""
+        named = {"stop_token_ids": params.stop_token_ids, "logit_bias": [token_id for token_id, _ in params.logit_bias]}
+        for name, token_ids in named.items():
+            if max(token_ids, default=0) >= self._card.vocab_size:
+                vocabulary = f"{self._card.vocab_size}, this model's vocabulary"
+                raise InvalidField(f"params.{name}", f"must hold token ids below {vocabulary}")
+        if params.bad_words and self._tokenizer is None:
+            raise UnsupportedRequest("params.bad_words", "this model has no tokenizer")
+        return self._tokenizer.encode_words(params.bad_words) if self._tokenizer and params.bad_words else ()
 
     def _read_prompt(self, request: Request) -> list[int]:
         """The prompt's token ids, of which the model takes so many and such."""

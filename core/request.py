@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from core import bounds
-from core.bounds import BOUNDS, MAX_MODEL_CHARACTERS, ROLES, Wire, refuse_unknown, table
+from core.bounds import MAX_MODEL_CHARACTERS, ROLES, Wire, refuse_unknown, table
 from core.errors import InvalidField, UnsupportedRequest
+from core.params import SamplingParams as SamplingParams
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "deadline"]
 
@@ -24,56 +25,6 @@ class Kind(enum.StrEnum):
 
     GENERATE = "generate"  #: continue a prompt, a chat or token ids
     PREDICT = "predict"  #: the likeliest next token id at each position of ``token_ids``
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SamplingParams:
-    """How tokens are drawn, and when to stop.
-
-    Raises:
-        InvalidField: a value is out of its bound; ``param`` is ``params.<name>``.
-    """
-
-    max_tokens: int = 64  #: generate at most this many
-    n: int = 1  #: choices: answers to one prompt, each drawn by its own randomness
-    temperature: float = 0.0  #: 0 takes the likeliest token
-    top_p: float = 1.0  #: keep the likeliest tokens whose probabilities reach this sum
-    top_k: int = 0  #: keep this many likeliest tokens; 0 keeps all
-    min_p: float = 0.0  #: drop tokens less likely than this times the likeliest
-    seed: int | None = None  #: None: derived from the job's id, so that a successor draws the same
-    stop: tuple[str, ...] = ()  #: end before the first of these
-    logprobs: int | None = None  #: log-probabilities of the token and of this many likeliest ones
-    ignore_eos: bool = False  #: go on to max_tokens past the end of the text
-
-    def __post_init__(self) -> None:
-        for name, bound in BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None or name not in ("seed", "logprobs"):
-                bound.check(f"params.{name}", value)
-        bounds.check_stop(self.stop)
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidField("params.ignore_eos", "must be true or false")
-
-    @classmethod
-    def from_wire(cls, wire: object) -> SamplingParams:
-        """Read the ``params`` object of a job.
-
-        Raises:
-            UnknownField, InvalidField: naming the field.
-        """
-        fields = table("params", wire)
-        refuse_unknown(fields, [f.name for f in dataclasses.fields(cls)], prefix="params.")
-        stop = fields.get("stop", ())
-        if isinstance(stop, str):
-            stop = (stop,)
-        if not isinstance(stop, list | tuple):
-            raise InvalidField("params.stop", "must be a string or a list of strings")
-        return cls(**{**fields, "stop": tuple(stop)})
-
-    def to_wire(self) -> Wire:
-        """Only what differs from the defaults: a job's hash stays small."""
-        wire = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-        return {**wire, "stop": list(self.stop)} if self.stop else wire
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from core.largest import reach
+from core.logits import Ruled, Rules, adjust
 from core.request import SamplingParams, TokenLogprob
 
 LIKELIEST = 1024  #: candidates looked at before a whole vocabulary is
@@ -23,6 +24,8 @@ class Draw:
     seed: int
     position: int  #: of the token in its answer
     choice: int = 0
+    rules: Rules | None = None  #: what its parameters do to the logits first; None: nothing
+    tokens: Sequence[int] = ()  #: prompt and answer so far, for the rules
 
     @property
     def uniform(self) -> float:
@@ -45,12 +48,32 @@ GREEDY = Draw(SamplingParams(), 0, 0)
 def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     """Draw one token per row.
 
-    Temperature comes first, then top-k, then top-p of what is left, then min-p.
+    Rules come first, then temperature, then top-k, then top-p of what is left, then min-p. Log-probabilities are of the
+    logits as they came.
 
     Args:
-        logits: float32 [rows, vocab], as the model gave them.
+        logits: float32 [rows, vocab], as the model gave them; not changed.
         draws: one a row.
     """
+    ids: list[int] = _draw(_ruled(logits, draws), draws).tolist()
+    return [
+        Drawn(ids[row], None if how.params.logprobs is None else _logprob(logits[row], ids[row], how.params.logprobs))
+        for row, how in enumerate(draws)
+    ]
+
+
+def _ruled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """The logits themselves where no row has a rule, else changed ones."""
+    ruled = [Ruled(row, how.rules, how.tokens) for row, how in enumerate(draws) if how.rules is not None]
+    if not ruled:
+        return logits
+    logits = logits.clone()
+    adjust(logits, ruled)
+    return logits
+
+
+def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """int64 [rows]"""
     token_ids = torch.argmax(logits, dim=-1)
     sampled = [row for row, how in enumerate(draws) if how.params.temperature > 0]
     filtered = [row for row in sampled if _filters(draws[row].params)]
@@ -59,11 +82,7 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
         token_ids[plain] = _draw_plain(logits[plain], [draws[row] for row in plain])
     if filtered:
         token_ids[filtered] = _draw_filtered(logits[filtered], [draws[row] for row in filtered])
-    ids: list[int] = token_ids.tolist()
-    return [
-        Drawn(ids[row], None if how.params.logprobs is None else _logprob(logits[row], ids[row], how.params.logprobs))
-        for row, how in enumerate(draws)
-    ]
+    return token_ids
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from core.answer import Answer
 from core.blocks import Run
 from core.request import Choice, Emitted, FinishReason, Kind, Request, TokenLogprob
+
+if TYPE_CHECKING:
+    from core.logits import Rules
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +30,7 @@ class Sequence:
     seed: int
     answer: Answer  #: the text so far, and when it ends
     index: int = 0  #: which of its job's choices it is
+    rules: Rules | None = None  #: what its parameters do to its logits; None: nothing
     logprobs: list[TokenLogprob] = field(default_factory=list)  #: of the drawn tokens, where the request wants them
     predicted: list[int] = field(default_factory=list)  #: PREDICT: the likeliest next id of each computed position
     computed: int = 0  #: leading tokens whose keys and values are in the cache

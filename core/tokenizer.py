@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,18 @@ class Tokenizer:
         """Token ids of a raw text, with the special tokens this tokenizer adds by itself."""
         return list(self._tokenizer(text)["input_ids"])
 
+    def encode_words(self, words: Iterable[str]) -> list[list[int]]:
+        """Token ids of words as they begin a text and, where that is another token, as they follow a space."""
+        found: list[list[int]] = []
+        for word in words:
+            first, inside = (self._encode_plain(space + word.lstrip()) for space in ("", " "))
+            found += [first] if first else []
+            found += [inside] if first and len(inside) == len(first) and inside[0] != first[0] else []
+        return found
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a chat up to where the model's turn begins.
 
@@ -61,7 +73,7 @@ class Tokenizer:
             text = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:
             raise UnsupportedRequest("input.messages", f"the model's chat template refuses them: {error}") from error
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._encode_plain(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids; special tokens have none."""

@@ -23,7 +23,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 
-from core.card import OPTIONAL_PARAMS, RESUME, ModelCard, headrace_version
+from core.card import FIRST_PARAMS, MEMORYLESS_PARAMS, RESUME, ModelCard, headrace_version
 from core.choices import Choices
 from core.errors import EngineError, ModelRefused, UnsupportedRequest
 from core.memory import parse_size
@@ -249,6 +249,8 @@ def _params(sequence: Sequence) -> SamplingParams:
         min_p=asked.min_p,
         seed=_seed(sequence) if asked.temperature else None,
         logprobs=asked.logprobs,
+        repetition_penalty=asked.repetition_penalty,
+        logit_bias=dict(asked.logit_bias) or None,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
@@ -293,5 +295,5 @@ def _card(config: VllmConfig, model: Any, tokenizer: Tokenizer | None, weights: 
         max_model_len=model.max_model_len,
         vocab_size=model.get_vocab_size(),
         device=current_platform.device_type,
-        abilities=(*OPTIONAL_PARAMS, RESUME),
+        abilities=(*FIRST_PARAMS, *MEMORYLESS_PARAMS, RESUME),
     )

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import redis
 
-from core.card import ALL_ABILITIES, ModelCard
+from core.card import ALL_ABILITIES, FIRST_PARAMS, OPTIONAL_PARAMS, ModelCard
 from core.errors import UnsupportedRequest
 from core.instant import InstantConfig, InstantEngine
 from core.request import Kind, Request, SamplingParams
 from jobs.settings import SettingError, from_environ
 from tests.api_world import front
 from tests.processes import clean_environment
+from tests.test_conformance import VALUES
 from tests.worker_world import working
 from worker.settings import WorkerSettings, read_vllm_args
 
@@ -44,6 +45,17 @@ def test_a_parameter_that_the_card_lacks_is_refused_by_name(name: str, value: An
         dataclasses.replace(CARD, abilities=()).refuse(request)
 
     assert raised.value.param == f"params.{name}"
+
+
+@pytest.mark.parametrize("name", sorted({*OPTIONAL_PARAMS} - {*FIRST_PARAMS}))
+def test_a_parameter_that_is_newer_than_abilities_is_not_what_a_silent_card_can_do(name: str) -> None:
+    request = Request(prompt="a", params=SamplingParams.from_wire({name: VALUES[name]}))
+    wire = CARD.to_wire()
+    del wire["abilities"]
+
+    with pytest.raises(UnsupportedRequest, match=name):
+        ModelCard.from_wire(wire).refuse(request)
+    dataclasses.replace(CARD, abilities=OPTIONAL_PARAMS).refuse(request)
 
 
 def test_a_kind_that_the_card_lacks_is_refused() -> None:

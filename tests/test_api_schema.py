@@ -32,16 +32,27 @@ def around(low: float, high: float) -> st.SearchStrategy[object]:
 stops = st.one_of(
     st.text(max_size=3), st.lists(st.text(max_size=3), max_size=18), st.just("x" * 257), st.just(["a", 1]), st.none()
 )
+token_ids = st.lists(st.sampled_from([0, 1, 2**31 - 1, 2**31, -1, 1.0, "1", True, None]), max_size=3)
+biases: st.SearchStrategy[object] = st.one_of(
+    st.dictionaries(
+        st.sampled_from(["0", "7", "07", "-1", "x", "", "٣", str(2**31 - 1), str(2**31), "1" * 30]),
+        st.sampled_from([0, -100, 100.0, 100.5, True, "1", None]),
+        max_size=2,
+    ),
+    st.sampled_from([None, [], {str(number): 1 for number in range(301)}]),
+)
 params = st.fixed_dictionaries(
     {},
     optional={
         **{name: around(bound.low, bound.high) for name, bound in BOUNDS.items()},
         "stop": stops,
+        "logit_bias": biases,
+        "stop_token_ids": token_ids | st.just([1] * 129) | st.none(),
+        "bad_words": stops,
         "ignore_eos": st.sampled_from([True, False, 0, "true", None]),
         "top_q": st.just(1),
     },
 )
-token_ids = st.lists(st.sampled_from([0, 1, 2**31 - 1, 2**31, -1, 1.0, "1", True, None]), max_size=3)
 turns = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "system", "nobody", None]), "content": st.sampled_from(["", "hello", 1, None])},
     optional={"name": st.just("x")},

@@ -15,7 +15,7 @@ ROOMS = ("api", "core", "headrace", "jobs", "worker")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py") if "_rooms" not in path.parts)
 
 #: What of the core an API host needs.
-SHARED_WORDS = ("core.bounds", "core.card", "core.errors", "core.request")
+SHARED_WORDS = ("core.bounds", "core.card", "core.errors", "core.params", "core.request")
 
 #: Room -> what of ours it may import. A dotted name means that module only.
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
@@ -31,7 +31,9 @@ HOME: Mapping[str, tuple[str, ...]] = {
     "redis": ("jobs",),
     "rq": ("jobs", "worker/rq_worker.py"),
     "torch": ("core", "worker/engine_process.py"),  # which sets its threads and picks its card
-    **dict.fromkeys(("transformers", "safetensors", "gguf", "numpy", "huggingface_hub", "tokenizers"), ("core",)),
+    **dict.fromkeys(
+        ("transformers", "safetensors", "gguf", "numpy", "huggingface_hub", "tokenizers", "llguidance"), ("core",)
+    ),
     **dict.fromkeys(("fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client"), ("api",)),
     "vllm": ("core/vllm_engine.py",),
     **dict.fromkeys(("httpx2", "rich"), ("headrace",)),

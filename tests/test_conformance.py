@@ -23,6 +23,19 @@ NEEDS_VLLM = pytest.mark.skipif(
     os.environ.get("HEADRACE_CONFORMANCE") != "vllm", reason="vLLM has an environment of its own: make test-vllm"
 )
 
+#: Parameters that not every engine has, each with a value that is not its default.
+VALUES: dict[str, Any] = {
+    "n": 2,
+    "logprobs": 0,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.5,
+    "logit_bias": {"5": 1},
+    "min_tokens": 2,
+    "stop_token_ids": [5],
+    "bad_words": ["w5"],
+}
+
 
 def make_instant(folder: Path) -> EngineProtocol:
     from core.instant import InstantConfig, InstantEngine
@@ -274,6 +287,59 @@ def test_more_choices_than_places_all_end(engine: EngineProtocol) -> None:
     assert [len(choice.token_ids) for choice in result_of(drain(engine)["many"]).choices] == [5] * (MAX_RUNNING + 3)
 
 
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_a_penalty_makes_an_answer_repeat_itself_less_wherever_it_is_taken_up(
+    engine: EngineProtocol, name: str
+) -> None:
+    needs(engine, name)
+    plain, request = choice_of(alone(engine, ask(max_tokens=30))), ask(PROMPT, max_tokens=30, **{name: 2.0})
+    varied = choice_of(alone(engine, request))
+
+    assert len(set(varied.token_ids)) > len(set(plain.token_ids))
+    assert varied.token_ids[0] == plain.token_ids[0] or name == "repetition_penalty"
+    for cut in (1, 7, 19, 30):
+        assert same(choice_of(alone(engine, request, emitted_of(varied, cut))), varied), cut
+
+
+def test_a_bias_draws_what_it_favours(engine: EngineProtocol) -> None:
+    needs(engine, "logit_bias")
+    favoured = choice_of(alone(engine, ask(logit_bias={"7": 100})))
+
+    assert set(favoured.token_ids) == {7}
+
+
+def test_a_stop_token_ends_the_answer_and_is_no_part_of_its_text(engine: EngineProtocol) -> None:
+    needs(engine, "stop_token_ids")
+    plain = choice_of(alone(engine, ask(temperature=1.3, seed=2)))
+    stop = next(token_id for token_id in plain.token_ids[4:] if token_id > 2)
+    place = plain.token_ids.index(stop)
+    stopped = choice_of(alone(engine, ask(temperature=1.3, seed=2, stop_token_ids=[stop])))
+
+    assert (stopped.token_ids, stopped.finish_reason) == (plain.token_ids[: place + 1], "stop")
+    assert plain.text.startswith(stopped.text)
+    assert f"w{stop}" not in stopped.text.split()
+
+
+def test_min_tokens_keeps_the_end_away(engine: EngineProtocol) -> None:
+    needs(engine, "min_tokens")
+    words = choice_of(alone(engine, ask())).token_ids
+    ends: dict[str, Any] = {"stop_token_ids": list(words), "ignore_eos": False}
+    early, late = choice_of(alone(engine, ask(**ends))), choice_of(alone(engine, ask(min_tokens=9, **ends)))
+
+    assert len(early.token_ids) == 1
+    assert len(late.token_ids) > 9
+    assert not set(late.token_ids[:9]) & set(words)
+
+
+def test_bad_words_are_never_said(engine: EngineProtocol) -> None:
+    needs(engine, "bad_words")
+    words = choice_of(alone(engine, ask())).text.split()
+    for bad in (words[3], f"{words[3]} {words[4]}"):
+        text = choice_of(alone(engine, ask(bad_words=[bad]))).text
+        assert f" {bad} " not in f" {text} "
+        assert text.split()[:3] == words[:3]
+
+
 def test_top_k_of_one_takes_the_likeliest_token(engine: EngineProtocol) -> None:
     if engine.card.engine == "instant":
         pytest.skip("the instant engine has no probabilities to filter")
@@ -354,7 +420,7 @@ def test_a_card_says_who_computes_and_survives_the_wire(engine: EngineProtocol) 
 
 
 def test_an_engine_refuses_a_parameter_that_its_card_does_not_declare(engine: EngineProtocol) -> None:
-    values: dict[str, Any] = {"n": 2, "seed": 1, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "logprobs": 0}
+    values: dict[str, Any] = {**VALUES, "seed": 1, "top_p": 0.5, "top_k": 3, "min_p": 0.1}
     assert set(values) == set(OPTIONAL_PARAMS)
     for name, value in values.items():
         if name not in engine.card.abilities:

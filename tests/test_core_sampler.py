@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,8 +125,17 @@ def test_a_few_likely_tokens_are_decided_without_the_whole_vocabulary() -> None:
 def test_no_row_sorts_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     topk, sort = torch.topk, torch.sort
-    monkeypatch.setattr(torch, "topk", lambda x, k, **more: sizes.append(k) or topk(x, k, **more))
-    monkeypatch.setattr(torch, "sort", lambda x, **more: sizes.append(x.shape[-1]) or sort(x, **more))
+
+    def watched_topk(x: torch.Tensor, k: int, **more: Any) -> Any:
+        sizes.append(k)
+        return topk(x, k, **more)
+
+    def watched_sort(x: torch.Tensor, **more: Any) -> Any:
+        sizes.append(x.shape[-1])
+        return sort(x, **more)
+
+    monkeypatch.setattr(torch, "topk", watched_topk)
+    monkeypatch.setattr(torch, "sort", watched_sort)
 
     draw(torch.zeros(2, 9000), [Draw(SamplingParams(temperature=1.0, top_p=0.99), 9, 0)] * 2)
 

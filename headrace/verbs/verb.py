@@ -26,8 +26,19 @@ SAMPLING: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "top_k": (int, "keep this many likeliest tokens"),
     "min_p": (float, "drop tokens less likely than this times the likeliest"),
     "seed": (int, "same seed, same answer"),
+    "presence_penalty": (float, "off the logit of each token that the answer holds"),
+    "frequency_penalty": (float, "off the logit of a token for each time that the answer holds it"),
+    "repetition_penalty": (float, "above 1: what prompt or answer holds becomes less likely"),
+    "logit_bias": (json.loads, "token ids and what is added to their logits, as JSON"),
+    "min_tokens": (int, "nothing ends the answer before it has so many"),
     "logprobs": (int, "log-probabilities of this many likeliest tokens"),
 }
+REPEATED: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "stop": (str, "end before this text"),
+    "stop_token_ids": (int, "end with this token"),
+    "bad_words": (str, "never say this"),
+}
+_METAVARS: Mapping[Any, str] = {int: "INT", float: "FLOAT"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +81,7 @@ class Invocation:
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that were given."""
-        given = {name: getattr(self.arguments, name) for name in (*SAMPLING, "stop")}
+        given = {name: getattr(self.arguments, name) for name in (*SAMPLING, *REPEATED)}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -104,5 +115,7 @@ class Verb:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Flags for how tokens are drawn; the server knows the bounds."""
     for name, (kind, text) in SAMPLING.items():
-        parser.add_argument(flag(name), type=kind, metavar=kind.__name__.upper(), help=text)
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+        parser.add_argument(flag(name), type=kind, metavar=_METAVARS.get(kind, "JSON"), help=text)
+    for name, (kind, text) in REPEATED.items():
+        word = "ID" if kind is int else "TEXT"
+        parser.add_argument(flag(name), action="append", type=kind, metavar=word, help=f"{text}; may be repeated")
