@@ -89,6 +89,7 @@ class Params(Body):
     seed: Annotated[int, bounded("seed")] | None = None
     stop: Stop = Field(default_factory=list)
     logprobs: Annotated[int, bounded("logprobs")] | None = None
+    prompt_logprobs: Annotated[int, bounded("prompt_logprobs")] | None = None
     ignore_eos: bool = False
     presence_penalty: Annotated[float, bounded("presence_penalty")] = _DEFAULT.presence_penalty
     frequency_penalty: Annotated[float, bounded("frequency_penalty")] = _DEFAULT.frequency_penalty

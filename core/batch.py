@@ -50,7 +50,7 @@ def build_batch(step: Step, device: torch.device) -> Batch:
         ids += sequence.tokens[piece.begin : piece.end]
         positions += range(piece.begin, piece.end)
         slots += range(start + piece.begin, start + piece.end)
-        wanted = piece.tokens if sequence.predicts else int(piece.completes)
+        wanted = piece.tokens if sequence.predicts or sequence.wants_prompt_logits else int(piece.completes)
         keep += range(len(ids) - wanted, len(ids))
         row_counts.append(wanted)
         spans.append(Span(first, len(ids), start, piece.end))

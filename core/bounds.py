@@ -57,6 +57,7 @@ BOUNDS: Mapping[str, Bound] = {
     "min_p": Bound(0.0, 1.0),
     "seed": Bound(0, 2**63 - 1, whole=True),
     "logprobs": Bound(0, 20, whole=True),
+    "prompt_logprobs": Bound(0, 20, whole=True),
     "presence_penalty": Bound(-2.0, 2.0),
     "frequency_penalty": Bound(-2.0, 2.0),
     "repetition_penalty": Bound(0.0, 2.0, above=True),

@@ -20,7 +20,7 @@ MEMORYLESS_PARAMS = ("repetition_penalty", "logit_bias", "stop_token_ids")
 OPTIONAL_PARAMS = (
     *FIRST_PARAMS,
     *MEMORYLESS_PARAMS,
-    *("presence_penalty", "frequency_penalty", "min_tokens", "bad_words"),
+    *("presence_penalty", "frequency_penalty", "min_tokens", "bad_words", "prompt_logprobs"),
 )
 RESUME = "resume"  #: a greedy answer that another attempt began goes on with the tokens of the undisturbed run
 RESUME_SAMPLED = "resume_sampled"  #: … and so does one that was drawn

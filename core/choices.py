@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from core.request import Choice, FinishReason, Kind, Request, Result, Usage
+from core.request import Choice, FinishReason, Kind, Request, Result, TokenLogprob, Usage
 
 
 class Growing(Protocol):
     """One choice of a job, drawn token by token; a PREDICT job has one, which predicts."""
 
     predicted: list[int]  #: PREDICT: the likeliest next id of each computed position
+    scored: list[TokenLogprob] | None  #: of the prompt's tokens from the second on; None: not wanted
 
     @property
     def ended(self) -> bool:
@@ -64,4 +65,6 @@ class Choices(Generic[S]):
             return Result(usage=Usage(prompt_tokens=self.prompt_tokens), token_ids=tuple(sequence.predicted))
         choices = tuple(sequence.choice() for sequence in self.sequences)
         drawn = sum(len(choice.token_ids) for choice in choices)
-        return Result(usage=Usage(prompt_tokens=self.prompt_tokens, completion_tokens=drawn), choices=choices)
+        usage = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=drawn)
+        scored = self.sequences[0].scored
+        return Result(usage=usage, choices=choices, prompt_logprobs=None if scored is None else (None, *scored))

@@ -29,6 +29,7 @@ from core.request import (
     Kind,
     Request,
     Result,
+    SamplingParams,
     TokenEvent,
 )
 from core.runners.decoder import DecoderRunner
@@ -194,8 +195,10 @@ class Engine:
             if sequence.predicts:
                 sequence.accept_predicted([token.token_id for token in tokens])
             elif tokens:
-                events.append(_accept(sequence, tokens[0]))
-                decoded += 1
+                sequence.score_prompt(piece.begin, [token.logprob for token in tokens])
+                if piece.completes and sequence.answer.finish_reason is None:
+                    events.append(_accept(sequence, tokens[-1]))
+                    decoded += 1
             if sequence.ended:
                 events += self._end(sequence)
         if decoded:
@@ -230,11 +233,21 @@ def _draws(step: Step, batch: Batch) -> list[Draw]:
         sequence = piece.sequence
         if sequence.predicts:
             draws += [GREEDY] * count
-        elif count:
+            continue
+        if sequence.wants_prompt_logits:
+            draws += _scores(sequence, piece.begin, count - piece.completes)
+        if piece.completes:
             position = len(sequence.tokens) - sequence.prompt_tokens
             params, tokens = sequence.request.params, sequence.tokens
-            draws.append(Draw(params, sequence.seed, position, sequence.index, sequence.rules, tokens))
+            draws.append(Draw(params, sequence.seed, position, sequence.index, sequence.rules, tokens=tokens))
     return draws
+
+
+def _scores(sequence: Sequence, begin: int, count: int) -> list[Draw]:
+    """Rows of which only the log-probability of the token that follows is wanted."""
+    params = SamplingParams(logprobs=sequence.request.params.prompt_logprobs)
+    following = sequence.tokens[begin + 1 : begin + 1 + count]
+    return [Draw(params, 0, 0, known=token_id) for token_id in following]
 
 
 def _slots(loaded: LoadedModel, config: EngineConfig) -> int:

@@ -70,6 +70,7 @@ class InstantSequence:
     most_tokens: int  #: the answer never grows past this
     tokens: list[int] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
+    scored: list[TokenLogprob] | None = None
     text: str = ""
     sent: int = 0  #: leading characters of ``text`` that are published
     logprobs: list[TokenLogprob] = field(default_factory=list)

@@ -29,6 +29,7 @@ class SamplingParams:
     seed: int | None = None  #: None: derived from the job's id, so that a successor draws the same
     stop: tuple[str, ...] = ()  #: end before the first of these
     logprobs: int | None = None  #: log-probabilities of the token and of this many likeliest ones
+    prompt_logprobs: int | None = None  #: … of each token of the prompt but the first
     ignore_eos: bool = False  #: go on to max_tokens past the end of the text
     presence_penalty: float = 0.0  #: off the logit of each token that the answer holds
     frequency_penalty: float = 0.0  #: … as often as the answer holds it
@@ -71,7 +72,7 @@ class SamplingParams:
         return {name: _WRITE.get(name, _same)(value) for name, value in wire.items()}
 
 
-NULLABLE = ("seed", "logprobs")  #: parameters of which null is the default
+NULLABLE = ("seed", "logprobs", "prompt_logprobs")  #: parameters of which null is the default
 
 
 def _same(value: Any) -> Any:

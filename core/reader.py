@@ -47,6 +47,7 @@ class Reader:
         """A choice of which nothing is drawn."""
         params = request.params
         end_ids = frozenset(() if params.ignore_eos else self._end_ids).union(params.stop_token_ids)
+        wants_scores = params.prompt_logprobs is not None and index == 0 and request.kind is Kind.GENERATE
         answer_tokens = 0 if request.kind is Kind.PREDICT else params.max_tokens
         return Sequence(
             job_id=job_id,
@@ -62,6 +63,7 @@ class Reader:
                 min_tokens=params.min_tokens,
             ),
             index=index,
+            scored=[] if wants_scores else None,
             rules=rules_of(params, len(tokens), end_ids, bad_words),
         )
 

@@ -183,11 +183,17 @@ class Result:
     usage: Usage
     choices: tuple[Choice, ...] = ()
     token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = (
+        None  #: by position; None for the first, which follows none
+    )
 
     def to_wire(self) -> Wire:
         if self.token_ids is not None:
             return {"token_ids": list(self.token_ids), "usage": self.usage.to_wire()}
-        return {"choices": [choice.to_wire() for choice in self.choices], "usage": self.usage.to_wire()}
+        wire = {"choices": [choice.to_wire() for choice in self.choices], "usage": self.usage.to_wire()}
+        if self.prompt_logprobs is None:
+            return wire
+        return {**wire, "prompt_logprobs": [each and each.to_wire() for each in self.prompt_logprobs]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from core.logits import Ruled, Rules, adjust
 from core.request import SamplingParams, TokenLogprob
 
 LIKELIEST = 1024  #: candidates looked at before a whole vocabulary is
+_TOGETHER = 32  #: rows of log-probabilities in memory at once
 _MASK = 2**64 - 1
 
 
@@ -25,6 +26,7 @@ class Draw:
     position: int  #: of the token in its answer
     choice: int = 0
     rules: Rules | None = None  #: what its parameters do to the logits first; None: nothing
+    known: int | None = None  #: the token, where it is not drawn and only its log-probability is wanted
     tokens: Sequence[int] = ()  #: prompt and answer so far, for the rules
 
     @property
@@ -55,11 +57,10 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
         logits: float32 [rows, vocab], as the model gave them; not changed.
         draws: one a row.
     """
-    ids: list[int] = _draw(_ruled(logits, draws), draws).tolist()
-    return [
-        Drawn(ids[row], None if how.params.logprobs is None else _logprob(logits[row], ids[row], how.params.logprobs))
-        for row, how in enumerate(draws)
-    ]
+    drawn: list[int] = _draw(_ruled(logits, draws), draws).tolist()
+    ids = [token_id if how.known is None else how.known for token_id, how in zip(drawn, draws, strict=True)]
+    logprobs = _logprobs(logits, ids, {row: how.params.logprobs for row, how in enumerate(draws)})
+    return [Drawn(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
 
 
 def _ruled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -194,11 +195,25 @@ def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
     return torch.minimum(place, torch.searchsorted(reached, whole)).squeeze(1)  # never past the last weight above 0
 
 
-def _logprob(logits: Tensor, token_id: int, likeliest: int) -> TokenLogprob:
-    logprobs = torch.log_softmax(logits, dim=-1)
-    values, ids = torch.topk(logprobs, min(likeliest, logprobs.shape[0]))
-    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token_id=token_id, logprob=float(logprobs[token_id]), top=top)
+def _logprobs(logits: Tensor, ids: Sequence[int], likeliest: Mapping[int, int | None]) -> dict[int, TokenLogprob]:
+    """Of each row that wants them, by row.
+
+    Args:
+        likeliest: row to how many likeliest tokens; None wants nothing.
+    """
+    wanted = [(row, count) for row, count in likeliest.items() if count is not None]
+    found: dict[int, TokenLogprob] = {}
+    for start in range(0, len(wanted), _TOGETHER):
+        part = wanted[start : start + _TOGETHER]
+        rows = [row for row, _ in part]
+        logprobs = torch.log_softmax(logits[rows], dim=-1)
+        own = logprobs.gather(1, torch.tensor([[ids[row]] for row in rows], device=logits.device)).flatten().tolist()
+        most = min(max(count for _, count in part), logits.shape[1])
+        values, token_ids = (each.tolist() for each in torch.topk(logprobs, most))
+        for place, (row, count) in enumerate(part):
+            top = tuple(zip(token_ids[place][:count], values[place][:count], strict=True))
+            found[row] = TokenLogprob(token_id=ids[row], logprob=own[place], top=top)
+    return found
 
 
 def _filters(params: SamplingParams) -> bool:

@@ -33,6 +33,7 @@ class Sequence:
     rules: Rules | None = None  #: what its parameters do to its logits; None: nothing
     logprobs: list[TokenLogprob] = field(default_factory=list)  #: of the drawn tokens, where the request wants them
     predicted: list[int] = field(default_factory=list)  #: PREDICT: the likeliest next id of each computed position
+    scored: list[TokenLogprob] | None = None  #: of the prompt's tokens from the second on; None: not wanted
     computed: int = 0  #: leading tokens whose keys and values are in the cache
     run: Run | None = None  #: its cache slots, once admitted
 
@@ -54,7 +55,12 @@ class Sequence:
     @property
     def ended(self) -> bool:
         """Nothing is left to compute."""
-        return self.answer.finish_reason is not None
+        return self.answer.finish_reason is not None and not self.wants_prompt_logits
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Its prompt has to pass through the model token by token, whatever is known of its keys already."""
+        return self.scored is not None and len(self.scored) < self.prompt_tokens - 1
 
     def accept(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
         """Append a drawn token and return the text it releases; may set the answer's ``finish_reason``."""
@@ -66,7 +72,7 @@ class Sequence:
     def resume(self, emitted: Emitted) -> None:
         """Go to where an earlier attempt left it: that text was published already."""
         for number, token_id in enumerate(emitted.token_ids):
-            if not self.ended:
+            if self.answer.finish_reason is None:
                 self.accept(token_id, emitted.logprobs[number] if emitted.logprobs else None)
 
     def accept_predicted(self, token_ids: Many[int]) -> None:
@@ -75,10 +81,18 @@ class Sequence:
         if len(self.predicted) == self.prompt_tokens:
             self.answer.finish_reason = "stop"
 
+    def score_prompt(self, begin: int, logprobs: Many[TokenLogprob | None]) -> None:
+        """Note what positions from ``begin`` on say of the tokens after them; those of the answer do not count."""
+        for position, logprob in enumerate(logprobs, begin):
+            if self.scored is not None and self.wants_prompt_logits and position == len(self.scored):
+                assert logprob is not None
+                self.scored.append(logprob)
+
     def end(self, reason: FinishReason) -> None:
         """End here, unless it has ended: what is held back was never certain, nor shown."""
         if not self.ended:
-            self.answer.finish_reason = reason
+            self.answer.finish_reason = self.answer.finish_reason or reason
+            self.scored = None if self.wants_prompt_logits else self.scored
 
     def choice(self) -> Choice:
         """What is stored at the end; the sequence has ended."""

@@ -31,7 +31,7 @@ class Packed(enum.IntEnum):
 def pack_event(event: TokenEvent) -> list[str]:
     """Text, ids, index and logprobs, as ``publish.lua`` takes them."""
     ids = " ".join(map(str, event.token_ids))
-    logprobs = "" if event.logprobs is None else dump([_pack_logprob(each) for each in event.logprobs])
+    logprobs = "" if event.logprobs is None else dump([pack_logprob(each) for each in event.logprobs])
     return [event.text, ids, str(event.index), logprobs]
 
 
@@ -164,7 +164,7 @@ def read_emitted(events: Sequence[LoggedEvent]) -> tuple[Emitted, ...]:
 
 
 def complete(result: Wire, events: Sequence[LoggedEvent]) -> Wire:
-    """A stored result with what its log alone holds: token ids and log-probabilities of each choice."""
+    """A stored result with what its log alone holds: token ids and log-probabilities of each choice; all unpacked."""
     if "choices" not in result:
         return result
     drawn = _by_choice(events)
@@ -172,7 +172,10 @@ def complete(result: Wire, events: Sequence[LoggedEvent]) -> Wire:
     for choice in result["choices"]:
         token_ids, logprobs = drawn.get(choice["index"], ([], []))
         choices.append({**choice, "token_ids": token_ids, "logprobs": logprobs or None})
-    return {**result, "choices": choices}
+    if result.get("prompt_logprobs") is None:
+        return {**result, "choices": choices}
+    scored = [each and _read_logprob(each).to_wire() for each in result["prompt_logprobs"]]
+    return {**result, "choices": choices, "prompt_logprobs": scored}
 
 
 def _by_choice(events: Sequence[LoggedEvent]) -> dict[int, tuple[list[int], list[Wire]]]:
@@ -199,7 +202,8 @@ def _read_logprobs(packed: bytes) -> list[Wire]:
     return [_read_logprob(each).to_wire() for each in json.loads(packed)]
 
 
-def _pack_logprob(logprob: TokenLogprob) -> list[Any]:
+def pack_logprob(logprob: TokenLogprob) -> list[Any]:
+    """Its bare values, to six digits."""
     top = [[token_id, round(value, 6)] for token_id, value in logprob.top]
     return [logprob.token_id, round(logprob.logprob, 6), top]
 

@@ -15,7 +15,7 @@ from core.card import ModelCard
 from core.errors import HeadraceError, InvalidField, UnsupportedRequest
 from core.request import Kind, Request, Result
 from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState, Resume
-from jobs.logs import complete, dump, read_log
+from jobs.logs import complete, dump, pack_logprob, read_log
 from jobs.reports import WorkerCard
 from jobs.scripting import SEEN
 
@@ -157,6 +157,8 @@ def pack_result(result: Result) -> bytes:
     wire = result.to_wire()
     for choice in wire.get("choices", ()):
         del choice["token_ids"], choice["logprobs"]
+    if result.prompt_logprobs is not None:
+        wire["prompt_logprobs"] = [each and pack_logprob(each) for each in result.prompt_logprobs]
     return base64.b64encode(dump(wire).encode())
 
 

@@ -34,6 +34,7 @@ VALUES: dict[str, Any] = {
     "min_tokens": 2,
     "stop_token_ids": [5],
     "bad_words": ["w5"],
+    "prompt_logprobs": 1,
 }
 
 
@@ -260,6 +261,19 @@ def test_log_probabilities_are_given_where_they_are_asked_for(engine: EngineProt
     assert [event.logprobs for event in said(events)] == [(each,) for each in logprobs]
     assert choice_of(alone(engine, ask())).logprobs is None
     assert all(each.top == () for each in choice_of(alone(engine, ask(logprobs=0))).logprobs or ())
+
+
+def test_log_probabilities_of_the_prompt_are_given_wherever_the_job_is_taken_up(engine: EngineProtocol) -> None:
+    needs(engine, "prompt_logprobs")
+    whole = result_of(alone(engine, ask(prompt_logprobs=2)))
+    scored = whole.prompt_logprobs or ()
+    again = result_of(alone(engine, ask(prompt_logprobs=2), emitted_of(whole.choices[0], 12))).prompt_logprobs or ()
+
+    assert len(scored) == whole.usage.prompt_tokens
+    assert [each and each.token_id for each in scored] == [None, 9, 33, 7]
+    assert all(each is None or (each.logprob <= 0 and len(each.top) == 2) for each in scored)
+    assert [each and each.token_id for each in again] == [each and each.token_id for each in scored]
+    assert result_of(alone(engine, ask())).prompt_logprobs is None
 
 
 def test_every_choice_is_drawn_by_itself_and_resumed_where_it_stood(engine: EngineProtocol) -> None:

@@ -32,6 +32,7 @@ SAMPLING: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "logit_bias": (json.loads, "token ids and what is added to their logits, as JSON"),
     "min_tokens": (int, "nothing ends the answer before it has so many"),
     "logprobs": (int, "log-probabilities of this many likeliest tokens"),
+    "prompt_logprobs": (int, "the same of the prompt's tokens"),
 }
 REPEATED: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "stop": (str, "end before this text"),
