@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
 
+from core import structured
 from core.bounds import (
     BOUNDS,
     LOGIT_BIAS,
@@ -62,6 +63,14 @@ TokenIdKey = Annotated[str, Field(min_length=1, max_length=len(str(MAX_TOKEN_ID)
 Bias = Annotated[float, Field(ge=LOGIT_BIAS.low, le=LOGIT_BIAS.high)]
 LogitBias = Annotated[dict[TokenIdKey, Bias], Field(max_length=MAX_LOGIT_BIASES)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARACTERS)]
+ChoiceText = Annotated[str, Field(min_length=1, max_length=structured.MAX_CHOICE_CHARACTERS)]
+#: JSON Schema has no words for the size and the depth of an object; ``core.structured`` checks both.
+_SCHEMA = {
+    "type": "object",
+    "description": "a JSON schema",
+    "x-max-characters": structured.MAX_SCHEMA_CHARACTERS,
+    "x-max-depth": structured.MAX_SCHEMA_DEPTH,
+}
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
@@ -75,6 +84,20 @@ class Body(BaseModel):
     """A JSON object: no unknown names, no guessing of types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+class StructuredBody(Body):
+    """The form the answer must have: exactly one of these."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    schema_: Annotated[dict[str, Any], WithJsonSchema(_SCHEMA)] = Field(default_factory=dict, alias="json")
+    json_object: Literal[True] = True
+    regex: Annotated[str, Field(min_length=1, max_length=structured.MAX_REGEX_CHARACTERS)] = ""
+    choice: Annotated[list[ChoiceText], Field(min_length=1, max_length=structured.MAX_CHOICES)] = Field(
+        default_factory=list
+    )
+    grammar: Annotated[str, Field(min_length=1, max_length=structured.MAX_GRAMMAR_CHARACTERS)] = ""
 
 
 class Params(Body):
@@ -97,6 +120,7 @@ class Params(Body):
     logit_bias: LogitBias = Field(default_factory=dict)
     min_tokens: Annotated[int, bounded("min_tokens")] = _DEFAULT.min_tokens
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS)] = Field(default_factory=list)
+    structured_outputs: StructuredBody | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] = Field(default_factory=list)
 
 
@@ -237,6 +261,7 @@ Names: TypeAlias = Mapping[str, tuple[str, ...]]
 JOB_NAMES: Names = {
     "": tuple(GenerateBody.model_fields),
     "params": tuple(Params.model_fields),
+    "params.structured_outputs": structured.FORMS,
     "input": (*GenerateInput.model_fields, *PredictInput.model_fields),
     "input.messages": tuple(Turn.model_fields),
 }

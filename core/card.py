@@ -20,7 +20,7 @@ MEMORYLESS_PARAMS = ("repetition_penalty", "logit_bias", "stop_token_ids")
 OPTIONAL_PARAMS = (
     *FIRST_PARAMS,
     *MEMORYLESS_PARAMS,
-    *("presence_penalty", "frequency_penalty", "min_tokens", "bad_words", "prompt_logprobs"),
+    *("presence_penalty", "frequency_penalty", "min_tokens", "bad_words", "prompt_logprobs", "structured_outputs"),
 )
 RESUME = "resume"  #: a greedy answer that another attempt began goes on with the tokens of the undisturbed run
 RESUME_SAMPLED = "resume_sampled"  #: … and so does one that was drawn
@@ -57,6 +57,10 @@ class ModelCard:
         for name in OPTIONAL_PARAMS:
             if name not in self.abilities and getattr(request.params, name) != getattr(_DEFAULT, name):
                 raise UnsupportedRequest(f"params.{name}", f"the {self.engine} engine does not have it")
+
+    def without(self, ability: str) -> ModelCard:
+        """The card of an engine that lacks one more."""
+        return dataclasses.replace(self, abilities=tuple(name for name in self.abilities if name != ability))
 
     def to_wire(self) -> Wire:
         return {**dataclasses.asdict(self), "kinds": list(self.kinds), "abilities": list(self.abilities)}

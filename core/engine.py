@@ -14,7 +14,9 @@ from core.blocks import BLOCK_TOKENS, BlockPool
 from core.budget import StepBudget
 from core.card import OPTIONAL_PARAMS, RESUME, RESUME_SAMPLED, ModelCard, headrace_version
 from core.choices import Choices
-from core.errors import ModelRefused, OutOfMemory, RequestError
+from core.draws import draws_of
+from core.errors import GrammarRefused, ModelRefused, OutOfMemory, RequestError
+from core.grammar import Constraint, Grammars
 from core.memory import available_bytes, free_unused, is_out_of_memory, parse_size, usual_tokens
 from core.models.load import LoadedModel, load_model
 from core.models.source import resolve
@@ -29,13 +31,14 @@ from core.request import (
     Kind,
     Request,
     Result,
-    SamplingParams,
     TokenEvent,
 )
 from core.runners.decoder import DecoderRunner
-from core.sampler import GREEDY, Draw, Drawn, draw
+from core.sampler import Drawn, draw
 from core.scheduler import Scheduler, Slice, Step
 from core.sequence import Sequence
+
+_PATIENCE_SECONDS = 0.02  #: of a step in which every job waits for its grammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,10 @@ class Engine:
         self._runner = DecoderRunner(loaded.model, KVCache(pool.tokens))
         self._jobs: dict[str, Choices[Sequence]] = {}  # the scheduler has those of their sequences that go on
         self.stats = EngineStats()
+        self._grammars = Grammars(loaded.tokenizer, loaded.vocab_size, loaded.end_ids)
         self.card = _card(loaded, config, pool.tokens)
+        if not self._grammars.supported:
+            self.card = self.card.without("structured_outputs")
         self._reader = Reader(loaded.tokenizer, loaded.end_ids, self.card)
 
     @classmethod
@@ -95,7 +101,8 @@ class Engine:
 
     @property
     def room(self) -> int:
-        return self._scheduler.room
+        waiting = sum(len(self._jobs[job_id].going_on) for job_id in self._grammars.waiting)
+        return max(0, self._scheduler.room - waiting)
 
     @property
     def idle(self) -> bool:
@@ -105,21 +112,24 @@ class Engine:
         job = self._reader.read(job_id, request, emitted)
         self.drop(job_id)
         self._jobs[job_id] = job
-        for sequence in job.going_on:
-            self._scheduler.add(sequence)
+        asked = request.params.structured_outputs
+        if asked is not None and job.going_on:
+            self._grammars.begin(job_id, asked)
+        else:
+            self._schedule(job)
 
     def cancel(self, job_id: str, reason: FinishReason = "cancelled") -> None:
         if (job := self._jobs.get(job_id)) is not None:
-            self._scheduler.remove(*job.going_on)
+            self._let_go(job)
             job.end(reason)
 
     def drop(self, job_id: str) -> None:
         if (job := self._jobs.pop(job_id, None)) is not None:
-            self._scheduler.remove(*job.going_on)
+            self._let_go(job)
 
     def step(self) -> list[Event]:
         started = time.perf_counter()
-        events = self._finish_ended()
+        events = self._start_compiled() + self._finish_ended()
         events += self._compute(self._scheduler.plan(self._budget.tokens))
         self._budget.end_step()
         self.stats.steps += 1
@@ -145,6 +155,30 @@ class Engine:
         while not self.idle:
             results |= {event.job_id: event.result for event in self.step() if isinstance(event, FinishedEvent)}
         return [results[name] for name in names]
+
+    def _schedule(self, job: Choices[Sequence]) -> None:
+        for sequence in job.going_on:
+            self._scheduler.add(sequence)
+
+    def _let_go(self, job: Choices[Sequence]) -> None:
+        """Neither its grammar is waited for any more, nor is it computed."""
+        if not self._grammars.forget(job.job_id):
+            self._scheduler.remove(*job.going_on)
+
+    def _start_compiled(self) -> list[Event]:
+        """Jobs whose grammar is compiled begin; those that have none end. Where all wait for theirs, so do we."""
+        events: list[Event] = []
+        idle = len(self._grammars.waiting) == len(self._jobs)
+        for job_id, grammar in self._grammars.ready(patience_seconds=_PATIENCE_SECONDS if idle else 0):
+            if isinstance(grammar, GrammarRefused):
+                events.append(self._fail(job_id, grammar))
+                continue
+            self._grammars.forget(job_id)
+            for sequence in self._jobs[job_id].going_on:
+                assert sequence.rules is not None
+                sequence.rules.constraint = Constraint(grammar)
+            self._schedule(self._jobs[job_id])
+        return events
 
     def _finish_ended(self) -> list[Event]:
         """Let those go that ended between two steps: cancelled, or complete with what was emitted before."""
@@ -173,7 +207,7 @@ class Engine:
         """
         try:
             batch = build_batch(step, self._loaded.device)
-            return batch, draw(self._runner.forward(batch), _draws(step, batch))
+            return batch, draw(self._runner.forward(batch), draws_of(step, batch))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -190,7 +224,12 @@ class Engine:
         rows, decoded = iter(drawn), 0
         for piece, count in zip(step.slices, batch.row_counts, strict=True):
             sequence, tokens = piece.sequence, [next(rows) for _ in range(count)]
+            if sequence.job_id not in self._jobs:
+                continue  # it failed with another of its choices
             self._count_prompt(piece)
+            if tokens and sequence.rules is not None and sequence.rules.refusal is not None:
+                events.append(self._fail(sequence.job_id, sequence.rules.refusal))
+                continue
             sequence.computed = piece.end
             if sequence.predicts:
                 sequence.accept_predicted([token.token_id for token in tokens])
@@ -224,30 +263,6 @@ def _accept(sequence: Sequence, token: Drawn) -> TokenEvent:
         token_ids=(token.token_id,),
         logprobs=None if token.logprob is None else (token.logprob,),
     )
-
-
-def _draws(step: Step, batch: Batch) -> list[Draw]:
-    """How each row of the logits becomes a token."""
-    draws: list[Draw] = []
-    for piece, count in zip(step.slices, batch.row_counts, strict=True):
-        sequence = piece.sequence
-        if sequence.predicts:
-            draws += [GREEDY] * count
-            continue
-        if sequence.wants_prompt_logits:
-            draws += _scores(sequence, piece.begin, count - piece.completes)
-        if piece.completes:
-            position = len(sequence.tokens) - sequence.prompt_tokens
-            params, tokens = sequence.request.params, sequence.tokens
-            draws.append(Draw(params, sequence.seed, position, sequence.index, sequence.rules, tokens=tokens))
-    return draws
-
-
-def _scores(sequence: Sequence, begin: int, count: int) -> list[Draw]:
-    """Rows of which only the log-probability of the token that follows is wanted."""
-    params = SamplingParams(logprobs=sequence.request.params.prompt_logprobs)
-    following = sequence.tokens[begin + 1 : begin + 1 + count]
-    return [Draw(params, 0, 0, known=token_id) for token_id in following]
 
 
 def _slots(loaded: LoadedModel, config: EngineConfig) -> int:

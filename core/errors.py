@@ -5,6 +5,7 @@
     │   ├── InvalidField           a value out of its bound, of the wrong type, or missing
     │   ├── UnknownField           a name we do not know (with a suggestion where one is near)
     │   ├── PromptTooLong          no room for even one new token
+    │   ├── GrammarRefused         the form asked of the answer is no grammar, or too large a one
     │   └── UnsupportedRequest     this engine cannot do that (kind, messages without a template …)
     ├── ModelError               the operator's move: the model cannot be served
     │   ├── ModelNotFound          no such folder, alias or hub name; or no worker serves it
@@ -83,6 +84,16 @@ class PromptTooLong(RequestError):
         self.param = param
         self.tokens = tokens
         self.limit = limit
+
+
+class GrammarRefused(RequestError):
+    """The form that the answer is to have is no grammar, or takes too much to follow."""
+
+    code = "grammar_refused"
+    param = "params.structured_outputs"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{self.param}: {problem}")
 
 
 class UnsupportedRequest(RequestError):

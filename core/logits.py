@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from core.errors import GrammarRefused
 from core.params import SamplingParams
+
+if TYPE_CHECKING:
+    from core.grammar import Constraint
 
 
 class Tally:
@@ -64,6 +69,8 @@ class Rules:
     early: tuple[int, ...] = ()  #: ids that end an answer, forbidden before it has ``min_tokens``
     bad_words: tuple[tuple[int, ...], ...] = ()  #: as token ids
     tally: Tally | None = field(init=False, default=None)
+    constraint: Constraint | None = field(init=False, default=None)  #: of ``structured_outputs``, once it is compiled
+    refusal: GrammarRefused | None = field(init=False, default=None)  #: why there is no next token
     bias: tuple[Tensor, Tensor] | None = field(init=False, default=None)  #: ids, and what is added
     _never: frozenset[int] = field(init=False)
     _longer: tuple[tuple[int, ...], ...] = field(init=False)
@@ -118,18 +125,41 @@ def rules_of(
     """
     early = tuple(sorted(end_ids)) if params.min_tokens else ()
     rules = Rules(params, prompt_tokens, early, tuple(map(tuple, bad_words)))
-    return rules if rules.penalizes or rules.bias or rules.early or rules.bad_words else None
+    needed = rules.penalizes or rules.bias or rules.early or rules.bad_words or params.structured_outputs
+    return rules if needed else None
 
 
 def adjust(logits: Tensor, ruled: Sequence[Ruled]) -> None:
-    """Change rows by their rules: bias, then repetition, frequency and presence penalty, then what is forbidden.
+    """Change rows by their rules: the grammar, bias, repetition, frequency and presence penalty, what is forbidden.
+
+    A row whose grammar gives up has a ``refusal`` then, and its logits mean nothing.
 
     Args:
         logits: float32 [rows, vocab]; changed in place.
     """
+    _constrain(logits, ruled)
     _add_bias(logits, [one for one in ruled if one.rules.bias is not None])
     _penalize(logits, [one for one in ruled if one.rules.penalizes])
     _forbid(logits, [(one.row, ids) for one in ruled if (ids := sorted(one.rules.forbidden(one.tokens)))])
+
+
+def _constrain(logits: Tensor, ruled: Sequence[Ruled]) -> None:
+    constrained = [(one, one.rules.constraint) for one in ruled if one.rules.constraint is not None]
+    if not constrained:
+        return
+    vocab = logits.shape[1]
+    masks = torch.full((len(constrained), (vocab + 31) // 32), -1, dtype=torch.int32)
+    for mask, (one, constraint) in zip(masks, constrained, strict=True):
+        one.rules.refusal = constraint.allow(one.tokens[one.rules.prompt_tokens :], mask)
+    rows = torch.tensor([one.row for one, _ in constrained], device=logits.device)
+    allowed = _spread(masks.to(logits.device))[:, :vocab]
+    logits[rows] = logits[rows].masked_fill(~allowed, float("-inf"))
+
+
+def _spread(masks: Tensor) -> Tensor:
+    """bool [rows, 32 * words] of int32 [rows, words]"""
+    bits = (masks.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device=masks.device)) & 1
+    return bits.flatten(1).bool()
 
 
 def _add_bias(logits: Tensor, ruled: Sequence[Ruled]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from core import bounds
 from core.bounds import BOUNDS, Wire, refuse_unknown, table
 from core.errors import InvalidField
+from core.structured import Structured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()  #: token id, and what is added to its logit
     min_tokens: int = 0  #: nothing ends the answer before it has this many
     stop_token_ids: tuple[int, ...] = ()  #: end with any of these, which is not part of the text
+    structured_outputs: Structured | None = None  #: the form the answer must have
     bad_words: tuple[str, ...] = ()  #: texts whose last token is never drawn after the others
 
     def __post_init__(self) -> None:
@@ -108,10 +110,12 @@ _READ: Mapping[str, Callable[[str, object], Any]] = {
     "logit_bias": _read_logit_bias,
     "stop_token_ids": _tuple_of("a list of token ids"),
     "bad_words": _tuple_of("a list of strings"),
+    "structured_outputs": lambda _, value: None if value is None else Structured.from_wire(value),
 }
 _WRITE: Mapping[str, Callable[[Any], Any]] = {
     "stop": list,
     "logit_bias": lambda pairs: {str(token_id): bias for token_id, bias in pairs},
     "stop_token_ids": list,
     "bad_words": list,
+    "structured_outputs": Structured.to_wire,
 }

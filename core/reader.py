@@ -46,7 +46,8 @@ class Reader:
     def _begin(self, job_id: str, request: Request, tokens: list[int], index: int, bad_words: Words) -> Sequence:
         """A choice of which nothing is drawn."""
         params = request.params
-        end_ids = frozenset(() if params.ignore_eos else self._end_ids).union(params.stop_token_ids)
+        endless = params.ignore_eos and params.structured_outputs is None
+        end_ids = frozenset(() if endless else self._end_ids).union(params.stop_token_ids)
         wants_scores = params.prompt_logprobs is not None and index == 0 and request.kind is Kind.GENERATE
         answer_tokens = 0 if request.kind is Kind.PREDICT else params.max_tokens
         return Sequence(

@@ -34,6 +34,11 @@ class Tokenizer:
         return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
     @property
+    def of_transformers(self) -> Any:
+        """As Transformers has it."""
+        return self._tokenizer
+
+    @property
     def chat(self) -> bool:
         """Has a template for messages."""
         return bool(self._tokenizer.chat_template)

@@ -41,12 +41,29 @@ biases: st.SearchStrategy[object] = st.one_of(
     ),
     st.sampled_from([None, [], {str(number): 1 for number in range(301)}]),
 )
+nested: object = 1
+for _ in range(33):
+    nested = {"not": nested}
+forms: st.SearchStrategy[object] = st.none() | st.fixed_dictionaries(
+    {},
+    optional={
+        "json": st.sampled_from(
+            [{}, {"type": "object"}, {"b": 1, "a": [1.5]}, nested, True, None, "{}", {"x": "y" * 65_536}]
+        ),
+        "json_object": st.sampled_from([True, False, None, {}]),
+        "regex": st.sampled_from(["a", "", "a" * 4097, None, 1]),
+        "choice": st.sampled_from([["a"], [], [""], "a", None, ["a"] * 257, ["a" * 1025]]),
+        "grammar": st.sampled_from(["start: 'a'", "", None]),
+        "gramar": st.just("x"),
+    },
+)
 params = st.fixed_dictionaries(
     {},
     optional={
         **{name: around(bound.low, bound.high) for name, bound in BOUNDS.items()},
         "stop": stops,
         "logit_bias": biases,
+        "structured_outputs": forms,
         "stop_token_ids": token_ids | st.just([1] * 129) | st.none(),
         "bad_words": stops,
         "ignore_eos": st.sampled_from([True, False, 0, "true", None]),
@@ -183,6 +200,8 @@ def unbounded(place: str, schema: dict[str, Any], document: dict[str, Any]) -> I
         "object": [],
         None: [{"anyOf", "oneOf"}],
     }[schema.get("type")]
+    if "x-max-characters" in schema:
+        return  # a client's own JSON schema: its size and depth are bounded by core.structured
     if not all(names & schema.keys() for names in wanted):
         yield place
     if schema.get("type") == "array":

@@ -15,7 +15,7 @@ ROOMS = ("api", "core", "headrace", "jobs", "worker")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py") if "_rooms" not in path.parts)
 
 #: What of the core an API host needs.
-SHARED_WORDS = ("core.bounds", "core.card", "core.errors", "core.params", "core.request")
+SHARED_WORDS = ("core.bounds", "core.card", "core.errors", "core.params", "core.request", "core.structured")
 
 #: Room -> what of ours it may import. A dotted name means that module only.
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {

@@ -34,6 +34,7 @@ VALUES: dict[str, Any] = {
     "min_tokens": 2,
     "stop_token_ids": [5],
     "bad_words": ["w5"],
+    "structured_outputs": {"json_object": True},
     "prompt_logprobs": 1,
 }
 

@@ -30,6 +30,7 @@ SAMPLING: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "frequency_penalty": (float, "off the logit of a token for each time that the answer holds it"),
     "repetition_penalty": (float, "above 1: what prompt or answer holds becomes less likely"),
     "logit_bias": (json.loads, "token ids and what is added to their logits, as JSON"),
+    "structured_outputs": (json.loads, 'the form of the answer, as JSON: {"regex": "…"}, {"json": {…}} …'),
     "min_tokens": (int, "nothing ends the answer before it has so many"),
     "logprobs": (int, "log-probabilities of this many likeliest tokens"),
     "prompt_logprobs": (int, "the same of the prompt's tokens"),
