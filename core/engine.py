@@ -15,7 +15,7 @@ from core.budget import StepBudget
 from core.card import OPTIONAL_PARAMS, RESUME, RESUME_SAMPLED, ModelCard, headrace_version
 from core.choices import Choices
 from core.draws import draws_of
-from core.errors import GrammarRefused, ModelRefused, OutOfMemory, RequestError
+from core.errors import GrammarRefused, HeadraceError, ModelRefused, OutOfMemory
 from core.grammar import Constraint, Grammars
 from core.memory import available_bytes, free_unused, is_out_of_memory, parse_size, usual_tokens
 from core.models.load import LoadedModel, load_model
@@ -140,20 +140,24 @@ class Engine:
         """Compute requests together and return their results in the same order; for use without a queue.
 
         Raises:
-            RequestError: one of them cannot be computed; nothing has been then.
+            HeadraceError: one of them cannot be computed; all are given up then.
         """
-        names = []
+        names: list[str] = []
+        results: dict[str, Result] = {}
         try:
             for number, request in enumerate(requests):
                 self.add(f"generate-{number}", request)
                 names.append(f"generate-{number}")
-        except RequestError:
+            while not self.idle:
+                for event in self.step():
+                    if isinstance(event, FailedEvent):
+                        raise event.error
+                    if isinstance(event, FinishedEvent):
+                        results[event.job_id] = event.result
+        except HeadraceError:
             for name in names:
                 self.drop(name)
             raise
-        results: dict[str, Result] = {}
-        while not self.idle:
-            results |= {event.job_id: event.result for event in self.step() if isinstance(event, FinishedEvent)}
         return [results[name] for name in names]
 
     def _schedule(self, job: Choices[Sequence]) -> None:

@@ -24,7 +24,8 @@ from core.tokenizer import Tokenizer
 COMPILE_SECONDS = 10.0
 KEPT = 64  #: compiled grammars that are not in use
 _THREADS = 2  #: so that one that takes long does not keep the others waiting
-_MAX_GRAMMAR_SIZE = 200_000  #: symbols; the other limits of llguidance are its own
+_MAX_GRAMMAR_SIZE = 200_000  #: symbols
+_MAX_LEXER_STATES = 50_000  #: of 1 to 2 kB; the other limits of llguidance are its own
 
 
 class Grammars:
@@ -171,7 +172,7 @@ def _to_lark(asked: Structured) -> str:
 
 
 def _limits() -> LLParserLimits:
-    return LLParserLimits(max_grammar_size=_MAX_GRAMMAR_SIZE, verbose_errors=False)
+    return LLParserLimits(max_grammar_size=_MAX_GRAMMAR_SIZE, max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
 
 
 def _shorten(text: str) -> str:

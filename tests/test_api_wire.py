@@ -66,6 +66,7 @@ def test_events_are_written_as_they_always_were() -> None:
         "request_ids.json",
         "request_predict.json",
         "request_choices.json",
+        "request_sampling.json",
     ],
 )
 def test_a_request_is_read_as_it_always_was(name: str) -> None:

@@ -26,7 +26,7 @@ from core.structured import Structured
 from tests.tiny_models import FAMILIES, make_from, make_with_words
 
 END = 256
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
     "required": ["name", "age"],
@@ -153,6 +153,8 @@ BOMBS: dict[str, dict[str, Any]] = {
     "product": {
         "json": {"allOf": [{"oneOf": [{"properties": {f"a{i}{j}": {"const": j}}} for j in range(9)]} for i in range(9)]}
     },
+    "lacking": {"json": {"type": "array", "uniqueItems": True}},
+    "elsewhere": {"json": {"$ref": "file:///etc/passwd"}},
     "no schema": {"json": {"type": "nothing"}},
     "repeats": {"regex": "((a{1,1000}){1,1000}){1,1000}"},
 }
@@ -175,6 +177,12 @@ def test_a_grammar_that_bursts_fails_its_own_job_and_says_so(shared: Engine, nam
     assert len(choice_of(events["free"]).token_ids) == 30
     assert sum(isinstance(event, FailedEvent) for event in events["bomb"]) == 1
     assert (shared.idle, shared.room) == (True, 32)
+
+
+def test_used_alone_the_engine_raises_what_a_job_failed_with(shared: Engine) -> None:
+    with pytest.raises(GrammarRefused):
+        shared.generate([ask(FORMS["regex"]), ask(BOMBS["no regex"])])
+    assert shared.idle
 
 
 class Slow:
@@ -283,6 +291,28 @@ def test_a_model_without_bytes_or_end_refuses_by_name(loaded: LoadedModel, tmp_p
     with pytest.raises(UnsupportedRequest, match="structured_outputs"):
         words.add("job", ask({"regex": "a"}))
     assert words.idle
+
+
+@pytest.mark.weights
+def test_smollm2_answers_in_json_of_a_schema_beside_free_answers() -> None:
+    engine = Engine.load(EngineConfig(dtype="float32", threads=2, kv_memory="256MiB"))
+    prompt = "A person as JSON with name, age: "
+    schema = {**SCHEMA, "properties": {**SCHEMA["properties"], "name": {"type": "string", "maxLength": 20}}}
+    forms: list[dict[str, Any]] = [
+        {"json": schema},
+        {"regex": "[A-Z][a-z]{2,9} is [0-9]{2}"},
+        {"choice": ["yes", "no"]},
+    ]
+    params = [SamplingParams.from_wire({"structured_outputs": form, "max_tokens": 60}) for form in forms]
+    free = SamplingParams(max_tokens=12)
+    results = engine.generate([Request(prompt=prompt, params=how) for how in [*params, free]])
+    person, text, word, other = (result.choices[0] for result in results)
+
+    assert set(json.loads(person.text)) == {"name", "age"}
+    assert re.fullmatch("[A-Z][a-z]{2,9} is [0-9]{2}", text.text)
+    assert word.text in ("yes", "no")
+    assert [choice.finish_reason for choice in (person, text, word)] == ["stop"] * 3
+    assert other == engine.generate([Request(prompt=prompt, params=free)])[0].choices[0]
 
 
 choices = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=6), min_size=1, max_size=4)
