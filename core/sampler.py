@@ -149,7 +149,7 @@ def _scale(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor, Tenso
     scaled = logits / _column(logits, [how.params.temperature for how in draws])
     weights = torch.exp(scaled - scaled.amax(-1, keepdim=True))
     top_k = _column(logits, [min(how.params.top_k or vocab, vocab) for how in draws])
-    top_p = _column(logits, [how.params.top_p for how in draws]).double()
+    top_p = _column(logits, [how.params.top_p for how in draws], torch.float64)
     min_p = _column(logits, [how.params.min_p for how in draws])
     return weights, top_k, top_p, min_p
 
@@ -220,8 +220,8 @@ def _filters(params: SamplingParams) -> bool:
     return params.top_k > 0 or params.top_p < 1 or params.min_p > 0
 
 
-def _column(like: Tensor, values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32).unsqueeze(1).to(like.device)
+def _column(like: Tensor, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor(values, dtype=dtype).unsqueeze(1).to(like.device)
 
 
 def _mix(word: int) -> int:
