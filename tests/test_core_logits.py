@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.answer import Answer
 from core.engine import Engine, EngineConfig
 from core.errors import InvalidField, UnsupportedRequest
 from core.logits import Ruled, Rules, adjust, rules_of
@@ -203,16 +204,31 @@ def test_a_stop_string_is_not_looked_for_in_the_first_min_tokens(words_engine: E
     assert say(words_engine, temperature=1.5, seed=4, stop=[stop], min_tokens=7).split() == words[:later]
 
 
+def test_text_of_the_first_min_tokens_is_not_held_back_and_later_text_is() -> None:
+    class Letters:
+        def push(self, token_id: int) -> str:
+            return chr(token_id)
+
+    answer = Answer(stream=Letters(), stop=("ab", "cd"), min_tokens=4)
+    pieces = [answer.push(ord(letter), last=False) for letter in "abxcdyc"]
+
+    assert pieces == ["a", "b", "x", "c", "d", "y", ""]
+    assert (answer.push(ord("d"), last=False), answer.text, answer.finish_reason) == ("", "abxcdy", "stop")
+
+
 class Spaced:
     """A tokenizer of letters, to which a word after a space is another token."""
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         assert not add_special_tokens
-        return {"input_ids": [100 + ord(text[1]), *map(ord, text[2:])] if text[0] == " " else [*map(ord, text)]}
+        if text[0] == " " and not text[1].isdigit():
+            return {"input_ids": [100 + ord(text[1]), *map(ord, text[2:])]}
+        return {"input_ids": [*map(ord, text)]}
 
 
 def test_a_bad_word_is_meant_with_and_without_a_space_before_it() -> None:
     assert Tokenizer(Spaced()).encode_words([" ab", "c"]) == [[97, 98], [197, 98], [99], [199]]
+    assert Tokenizer(Spaced()).encode_words(["7"]) == [[55]], "a space by itself is no part of the word"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 
 from core.engine import Engine, EngineConfig
 from core.models.load import LoadedModel, load_model
+from core.reader import Reader
 from core.request import Emitted, Event, FinishedEvent, Request, Result, SamplingParams, TokenEvent, TokenLogprob, Usage
 from jobs.logs import complete
 from jobs.rows import pack_result
@@ -111,6 +112,18 @@ def test_a_prompt_of_one_token_has_nothing_to_say(loaded: LoadedModel) -> None:
     [result] = engine_of(loaded).generate([Request(token_ids=(5,), params=PARAMS)])
 
     assert result.prompt_logprobs == (None,)
+
+
+def test_a_prompt_that_is_read_twice_is_scored_once(loaded: LoadedModel) -> None:
+    assert loaded.tokenizer is None
+    one, two = (TokenLogprob(token_id=token_id, logprob=-1.0) for token_id in (9, 33))
+    card = engine_of(loaded).card
+    [sequence] = Reader(None, (), card).read("job", Request(token_ids=PROMPT[:3], params=PARAMS), ()).sequences
+    sequence.score_prompt(0, [one])
+    sequence.score_prompt(0, [one, two, None])
+
+    assert sequence.scored == [one, two]
+    assert not sequence.wants_prompt_logits
 
 
 def test_they_are_stored_packed_and_read_back() -> None:

@@ -150,6 +150,23 @@ def test_a_wide_distribution_draws_beyond_the_first_candidates() -> None:
     assert len({token.token_id for token in drawn}) > 350
 
 
+def test_rows_that_want_different_numbers_of_log_probabilities_each_have_theirs() -> None:
+    logits, counts = torch.randn(40, 50), [None, 0, 3, 60] * 10
+    drawn = draw(logits, [Draw(SamplingParams(logprobs=count and min(count, 20)), 1, 0) for count in counts])
+    expected = torch.log_softmax(logits, -1)
+
+    for row, (token, count) in enumerate(zip(drawn, counts, strict=True)):
+        if count is None:
+            assert token.logprob is None
+            continue
+        assert token.logprob is not None
+        assert len(token.logprob.top) == min(count, 20)
+        assert token.logprob.logprob == pytest.approx(float(expected[row].max()), abs=1e-5)
+        assert [value for _, value in token.logprob.top] == sorted(expected[row].tolist(), reverse=True)[
+            : min(count, 20)
+        ]
+
+
 def test_temperature_zero_takes_the_likeliest_whatever_the_filters() -> None:
     logits = torch.randn(4, 50)
     params = SamplingParams(temperature=0, top_p=0.1, top_k=7, min_p=0.5, seed=1)

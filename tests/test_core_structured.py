@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from core import grammar
 from core.engine import Engine, EngineConfig
 from core.errors import GrammarRefused, InvalidField, UnsupportedRequest
-from core.grammar import Grammars
+from core.grammar import Constraint, Grammars
 from core.models.load import LoadedModel, load_model
 from core.request import Choice, Emitted, Event, FailedEvent, FinishedEvent, Request, SamplingParams, TokenEvent
 from core.structured import Structured
@@ -183,6 +185,43 @@ def test_used_alone_the_engine_raises_what_a_job_failed_with(shared: Engine) -> 
     with pytest.raises(GrammarRefused):
         shared.generate([ask(FORMS["regex"]), ask(BOMBS["no regex"])])
     assert shared.idle
+
+
+def test_published_tokens_that_are_not_of_the_form_fail_the_job(shared: Engine) -> None:
+    shared.add("job", ask({"regex": "ab"}), (Emitted(token_ids=(64, 64)),))
+
+    assert "gave up after 2 tokens" in str(error_of(drain(shared)["job"]))
+
+
+class Stuck:
+    """A matcher with no next token, or one in error that still writes a mask."""
+
+    def __init__(self, *, error: bool) -> None:
+        self.error = error
+
+    def deep_copy(self) -> Stuck:
+        return self
+
+    def consume_tokens(self, tokens: list[int]) -> bool:
+        return True
+
+    def unsafe_compute_mask_ptr(self, pointer: int, size: int) -> None:
+        ctypes.memset(pointer, 255 if self.error else 0, size)
+
+    def is_error(self) -> bool:
+        return self.error
+
+    def get_error(self) -> str:
+        return "stuck"
+
+
+@pytest.mark.parametrize("error", [True, False])
+def test_a_grammar_with_no_next_token_gives_up_and_leaves_the_row_as_it_was(error: bool) -> None:
+    stuck: Any = Stuck(error=error)
+    mask = torch.full((3,), 5, dtype=torch.int32)
+
+    assert "gave up after 1 tokens: stuck" in str(Constraint(stuck).allow([7], mask))
+    assert mask.tolist() == [5, 5, 5]
 
 
 class Slow:
