@@ -2,7 +2,7 @@
 
 A float that is not negative orders like its bit pattern. So one histogram over the upper 16 bits of the weights says in
 which bucket the sum is reached, another over the lower 16 bits of that bucket says at which weight, and among equal
-ones the place decides. Each is one pass over a row; of 49,152 weights that takes a sixth of a sort.
+ones the place decides. Each is one pass over a row; of 49,152 weights that takes a quarter of a sort.
 """
 
 from __future__ import annotations

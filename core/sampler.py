@@ -172,7 +172,7 @@ def _draw_plain(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 
 def _draw_filtered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Few rows need more than their likeliest tokens, which cost a sixth of the whole."""
+    """Few rows need more than their likeliest tokens."""
     kept = keep(logits, draws, LIKELIEST)
     token_ids = _pick(kept, draws)
     rows = (~kept.decided).nonzero().flatten().tolist()
