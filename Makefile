@@ -18,7 +18,7 @@ VLLM         ?= 0.32.0
 VLLM_PIP     := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -qq --no-input
 TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-vllm lint bench chaos clean setup
+.PHONY: help demo test test-vllm lint bench chaos mutants clean setup
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make lint                                lint, format check and types alone"
 	@echo "make bench                               the side-by-side benchmark (minutes)"
 	@echo "make chaos [MINUTES=10] [SEED=1]         everything is killed while everything works (minutes)"
+	@echo "make mutants                             breaks every script, line by line; the model test must notice (half an hour)"
 	@echo "make clean                               remove what was made here; the model cache stays"
 
 demo: $(VENV)/.server
@@ -54,6 +55,9 @@ bench: $(VENV)/.server $(VENV)/.model
 
 chaos: $(VENV)/.dev
 	$(PY) -m benchmarks.chaos --minutes $(MINUTES) --seed $(SEED)
+
+mutants: $(VENV)/.dev
+	$(PY) -m benchmarks.mutants
 
 setup: $(VENV)/.dev $(VENV)/.model
 

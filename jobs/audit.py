@@ -157,7 +157,7 @@ def _judge_ended(facts: Facts) -> list[str]:
     registries = sorted(facts.places & set(REGISTRIES.values()))
     if registries != [REGISTRIES[status]]:
         problems.append(f"{status}, and in RQ's registries {registries}")
-    if facts.job["reason"] == "poison_job" and "dead" not in facts.places:
+    if status == "failed" and facts.job["reason"] == "poison_job" and "dead" not in facts.places:
         problems.append("a dead letter, and not among them")
     if not facts.job["closed"]:
         problems.append(f"{status}, and its log does not know")

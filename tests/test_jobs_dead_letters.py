@@ -14,6 +14,7 @@ from rq.serializers import JSONSerializer
 from core.errors import JobNotFound
 from jobs import dead_letters, keys
 from jobs.async_store import AsyncStore
+from jobs.audit import mend
 from jobs.dead_letters import DeadLetters
 from jobs.job import JobState
 from jobs.store import Store
@@ -166,6 +167,21 @@ def test_what_stock_rq_requeues_or_deletes_is_listed_no_more_and_never_purged(
     claim(store)  # finds it in the ordinary list, and sends it to the suspects
     again = claim(store)
     assert ([job.id for job in again.jobs], again.alone) == (["requeued"], True)
+
+
+def test_one_that_stock_rq_requeues_and_cancels_is_none_and_nobody_complains(
+    store: Store, valkey_url: str, valkey: redis.Redis
+) -> None:
+    die(store, "a")
+    theirs = RqJob.fetch("a", connection=valkey, serializer=JSONSerializer)
+    theirs.requeue()
+    theirs.cancel()
+
+    assert store.get("a").state is S.CANCELLED
+    assert listed(valkey_url) == []
+    assert audit(valkey) == []
+    mend(valkey, "a")
+    assert not valkey.zcard(keys.DEAD)
 
 
 def test_a_job_that_is_retried_deleted_or_forgotten_alone_leaves_the_list(

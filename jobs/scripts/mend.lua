@@ -75,6 +75,6 @@ for status, registry in pairs(REGISTRY) do
   if registry ~= REGISTRY[job.status] then call('ZREM', registry, id) end
 end
 call('ZADD', REGISTRY[job.status], 'NX', SECONDS + math.max(keep(job), 60), id)
-if job.reason == 'poison_job' then call('ZADD', K.dead, 'NX', NOW, id) end
+if job.state == 'failed' and job.reason == 'poison_job' then call('ZADD', K.dead, 'NX', NOW, id) end
 if call('TTL', K.job .. id) < 0 and keep(job) > 0 then retain(id, job, keep(job)) end
 return 'noted where it is, and took it out of everywhere else'

@@ -1,0 +1,274 @@
+"""The acts of the model test's walk: here those of clients and of the house's clock, and what must come of each.
+
+``tests.model_work`` has what workers do, ``tests.model_faults`` what goes wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
+from core.errors import DeadlineUnreachable, HeadraceError, JobConflict, JobNotFound, QueueFull, StoreFull
+from core.request import Request
+from jobs import commands, dead_letters, keys
+from jobs.job import FINAL, JobState, NewJob, Resume
+from jobs.memory import MemoryReport
+from jobs.scripting import Command
+from tests.jobs_world import pass_deadline
+from tests.model_faults import (
+    die,
+    fall_silent,
+    leave,
+    mend,
+    mend_nobody,
+    push_twice,
+    rq_cancel,
+    rq_clean,
+    rq_enqueue,
+    rq_requeue,
+)
+from tests.model_walk import JOBS, World, facts_of
+from tests.model_work import (
+    claim,
+    publish,
+    release,
+    renew,
+    settle,
+    stands_where_it_should,
+    suspects_wait,
+    suspend,
+    zombie,
+)
+
+S = JobState
+
+# -- what clients do
+
+
+def submit(world: World) -> None:
+    if len(world.ids) >= JOBS:
+        return
+    world.made += 1
+    job_id, pick = f"j{world.made}", world.random
+    request = Request(prompt=job_id, model=pick.choice((None, None, None, "Toy", "other")))
+    new = NewJob(
+        id=job_id, request=request, resume=pick.choice([*Resume, Resume.WAIT]),
+        deadline_seconds=600.0 if world.chance(0.3) else None,
+    )  # fmt: skip
+    try:
+        submitted = world.store.submit(new)
+    except JobNotFound as error:
+        raise AssertionError("submitted, and not there") from error
+    assert (submitted.created, submitted.job.state, submitted.job.model) == (True, S.QUEUED, request.model)
+    assert world.client.lindex(keys.READY, -1) == job_id.encode(), "not at the queue's end"
+    if world.chance(0.3):
+        fields = {
+            "retries_left": pick.choice((1, 2)),
+            "retry_intervals": "[0, 5]",
+            "enqueue_at_front_on_retry": pick.choice((0, 1)),
+        }
+        world.client.hset(f"{keys.JOB}{job_id}", mapping=fields)
+    world.ids.append(job_id)
+    world.views[job_id] = world.look(job_id)
+
+
+def submit_too_much(world: World) -> None:
+    """A full queue, a full memory and a queue that is too long for the deadline: refused, and nothing is there."""
+    store, report = world.store, world.store.queue()
+    queued, speed = report.states[S.QUEUED], report.completions_per_second
+    job = NewJob(id="never", request=Request(prompt="x"), deadline_seconds=0.001, refuse_if_late=True)
+    few = dataclasses.replace(store._settings, max_queued=max(queued, 1))
+    room, full = MemoryReport(used_bytes=1, limit_bytes=10), MemoryReport(used_bytes=9, limit_bytes=10)
+    tries: list[tuple[Command[Any], type[HeadraceError]]] = [(commands.submit(job, few, full), StoreFull)]
+    tries += [(commands.submit(job, few, room), QueueFull)] if queued else []
+    tries += [(commands.submit(job, store._settings, room), DeadlineUnreachable)] if queued and speed else []
+    for command, refused in tries:
+        assert _refuses(world, command, refused), f"not refused with {refused.__name__}"
+    assert not world.client.exists(f"{keys.JOB}never")
+
+
+def _refuses(world: World, command: Command[Any], refused: type[HeadraceError]) -> bool:
+    try:
+        world.store._runner.run(command)
+    except refused:
+        return True
+    return False
+
+
+def ask_for_nobody(world: World) -> None:
+    asks: tuple[Callable[[str], object], ...] = (
+        world.store.cancel, world.store.retry, world.store.delete, world.store.get
+    )  # fmt: skip
+    for ask in asks:
+        try:
+            ask("nobody")
+        except JobNotFound:
+            continue
+        raise AssertionError(f"{ask.__name__} found nobody")
+
+
+def submit_again(world: World) -> None:
+    if (job_id := world.any_id()) and job_id not in world.touched:
+        again = world.store.submit(NewJob(id=job_id, request=Request(prompt="y")))
+        assert (again.created, again.job.state) == (False, world.views[job_id].job.state)
+        assert again.job.request is not None
+        assert again.job.request.prompt == job_id
+
+
+def cancel(world: World) -> None:
+    if (job_id := world.any_id()) and job_id not in world.by_rq:
+        before = world.views[job_id].job.state
+        after = world.store.cancel(job_id)
+        assert before not in FINAL
+        assert (after.state, after.cancel_requested) == (
+            (S.RUNNING, True) if before is S.RUNNING else (S.CANCELLED, False)
+        )
+
+
+def retry(world: World) -> None:
+    if job_id := world.any_id(S.FAILED) if world.chance(0.8) else world.any_id():
+        before, dead = world.look(job_id).job, dead_letters.ONLY_DEAD if world.chance(0.2) else ""
+        [moved, *_] = world.store._runner.run(Command("retry", [job_id, dead], list))
+        may = before.state is S.FAILED and (not dead or before.reason == "poison_job")
+        assert (moved == dead_letters.MOVED) == may, f"retry {dead} of {before.state}, {before.reason}: {moved}"
+        if may:
+            view = world.look(job_id)
+            assert (view.job.state, view.job.error, view.log, view.job.started_at) == (S.QUEUED, None, [], None)
+            assert view.number("deadline_at") > world.client.time()[0] * 1000 or "deadline_in" not in view.fields
+            suspect = [key.startswith(keys.SUSPECTS) for key, _ in view.facts.lists]
+            assert job_id in world.pushed or suspect == [view.job.crashes >= 2]
+
+
+def delete(world: World) -> None:
+    over = [job_id for job_id in world.ids if world.views[job_id].job.state in FINAL]
+    if job_id := world.random.choice(over) if len(over) > 4 else world.any_id(S.QUEUED, S.RUNNING):
+        over_now = world.look(job_id).job.state in FINAL
+        try:
+            world.store.delete(job_id)
+        except JobConflict:
+            assert not over_now, f"{job_id} has ended, and cannot be deleted"
+            return
+        assert over_now, f"{job_id} was deleted before its end"
+        _gone(world, job_id)
+
+
+def _gone(world: World, job_id: str) -> None:
+    _, _, places, index, *_ = facts_of(world, job_id)
+    left = [name for name in (keys.JOB, keys.RESULTS, keys.EVENTS) if world.client.exists(f"{name}{job_id}")]
+    assert (places, index, left) == ({}, {}, []), f"left of {job_id}"
+
+
+def show(world: World) -> None:
+    """Somebody reads an answer: from now on it is never started over, and only its like goes on."""
+    begun = [job_id for job_id in world.ids if world.views[job_id].drawn and world.views[job_id].job.state not in FINAL]
+    job_id = world.random.choice(begun) if begun and world.chance(0.7) else world.any_id()
+    if job_id and job_id not in world.by_rq:
+        seen = world.shown.get(job_id, [])
+        fresh = world.store._runner.run(commands.show(job_id, seen[-1].number if seen else -1))
+        view = world.look(job_id)
+        assert seen + fresh == list(view.log), f"{job_id}: shown {seen}, then {fresh}"
+        assert view.job.state in FINAL or view.fields.get("read") == "1", f"{job_id}: shown, and nobody knows"
+        world.shown[job_id] = list(view.log)
+
+
+def mourn(world: World) -> None:
+    """Dead letters are listed, all of them and nothing else; what is dead no more is dropped."""
+    jobs = [view.job for view in world.look_at(world.ids).values()]
+    if job_id := world.any_id() if world.chance(0.3) else None:
+        world.client.zadd(keys.DEAD, {job_id: 1})
+    dead = {job.id for job in jobs if (job.state, job.reason) == (S.FAILED, "poison_job")}
+    assert {job.id for job in world.store._runner.run(dead_letters.page(None, 100)).jobs} == dead
+    assert {job_id.decode() for job_id in world.client.zrange(keys.DEAD, 0, -1)} == dead
+    if job_id := world.any_id(S.FAILED, S.QUEUED) if world.chance(0.5) else None:
+        job = world.look(job_id).job
+        [moved, *_] = world.store._runner.run(Command("delete", [job_id, dead_letters.ONLY_DEAD], list))
+        assert (moved == dead_letters.MOVED) == (job_id in dead), f"{job.state}, {job.reason}: {moved}"
+
+
+def page(world: World) -> None:
+    """Pages agree with the jobs, whatever the index had too much or stock RQ moved."""
+    views = world.look_at(world.ids)
+    new = {job_id for job_id in world.ids if not views[job_id].fields.get("place")}  # put in by stock RQ
+    for job_id in world.ids if world.chance(0.5) else ():
+        if not world.client.zscore(key := f"{keys.INDEX}generate:{world.random.choice(list(S))}", job_id):
+            world.client.zadd(key, {job_id: 1})
+    found = _page(world, ())
+    assert _page(world, [S.FAILED, S.QUEUED]) <= found
+    for job_id in world.ids:
+        world.store._runner.run(commands.reindex([job_id]))
+    assert found - new == {job_id for job_id in world.ids if world.client.exists(f"{keys.JOB}{job_id}")} - new
+    world.by_rq -= found - new
+
+
+def _page(world: World, states: Collection[S]) -> set[str]:
+    """``Store.list``, which goes on for as long as something is stale; here nothing may be stale twice."""
+    ask = commands.page(states, (), None, 10 * JOBS)
+    world.store._runner.run(commands.reindex(world.store._runner.run(ask)[1]))
+    jobs, stale = world.store._runner.run(ask)
+    assert stale == [], f"not put right: {stale}"
+    return {job.id for job in jobs}
+
+
+# -- what the clock does
+
+
+def expire(world: World) -> None:
+    if job_id := world.any_id():
+        view = world.views[job_id]
+        if "deadline_at" in view.fields or view.job.state is not S.QUEUED:
+            pass_deadline(world.client, job_id)
+            if view.job.state is S.QUEUED and world.chance(0.5):
+                return  # whoever claims it finds out
+            world.client.zadd(keys.DEADLINES, {job_id: 1})  # perhaps of a job that waits no more
+    world.store.expire()
+    if job_id and view.job.state is S.QUEUED and "deadline_at" in view.fields and job_id not in world.touched:
+        assert world.look(job_id).job.state is S.EXPIRED
+
+
+def lose_patience(world: World) -> None:
+    waiting = [job_id for job_id in world.ids if "waits" in world.views[job_id].facts.places]
+    for job_id in {*waiting, world.any_id() or "nobody"}:  # the last one waits for nobody
+        world.client.zadd(keys.WAITS, {job_id: 1})
+    world.store.expire()
+    for job_id in set(waiting) - world.touched:
+        view = world.look(job_id)
+        assert view.job.state is S.EXPIRED or (view.job.state, view.job.reason) == (S.FAILED, "engine_changed")
+        assert job_id in world.pushed or view.job.state is S.EXPIRED or not view.facts.lists
+
+
+def forget(world: World) -> None:
+    over = [job_id for job_id in world.ids if world.views[job_id].job.state in FINAL and job_id not in world.by_rq]
+    if len(over) > 4:
+        job_id = world.random.choice(over)
+        world.client.zadd(keys.RETENTION, {job_id: 1})
+        if world.chance(0.3):  # Redis was quicker
+            world.client.delete(f"{keys.JOB}{job_id}", f"{keys.RESULTS}{job_id}")
+        world.store.expire()
+        _gone(world, job_id)
+    elif (waiting := world.any_id(S.QUEUED)) and not world.by_rq:
+        world.client.zadd(keys.RETENTION, {waiting: 1})
+        world.store.expire()
+        assert world.look(waiting).job.state in (S.QUEUED, S.EXPIRED)
+
+
+def promote(world: World) -> None:
+    due = {job_id: world.views[job_id] for job_id in world.ids if world.views[job_id].fields["status"] == "scheduled"}
+    for job_id in {*due, world.any_id() or "nobody"}:  # RQ's scheduler may leave one behind
+        world.client.zadd(keys.SCHEDULED, {job_id: 1})
+    world.store.promote()
+    for job_id, view in due.items():
+        after = world.look(job_id)
+        assert (after.fields["status"], after.fields["enqueued_at"] > view.fields["enqueued_at"]) == ("queued", True)
+        assert len(due) > 1 or stands_where_it_should(world, after)
+
+
+#: Each act, and how likely it is.
+ACTS: dict[Callable[[World], None], int] = {
+    submit: 14, submit_too_much: 1, submit_again: 2, ask_for_nobody: 1, cancel: 3, retry: 4, delete: 4, show: 8,
+    page: 2, mourn: 2,
+    claim: 20, publish: 14, settle: 8, zombie: 12, release: 5, renew: 4, suspend: 1, suspects_wait: 2,
+    expire: 2, lose_patience: 2, forget: 2, promote: 2,
+    die: 8, fall_silent: 2, leave: 3, mend: 8, mend_nobody: 1,
+    push_twice: 2, rq_enqueue: 3, rq_cancel: 2, rq_requeue: 4, rq_clean: 1,
+}  # fmt: skip

@@ -1,0 +1,262 @@
+"""What goes wrong in the model test's walk: workers die, jobs lose their place, stock RQ moves jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rq import Queue, Retry
+from rq.job import Job as RqJob
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
+
+from jobs import audit, commands, keys
+from jobs.job import FINAL, JobState
+from jobs.reports import WorkerCard
+from jobs.scripting import Command
+from jobs.work import Beat, ReapReport
+from tests.jobs_world import born, outlast_grace, wipe_lease
+from tests.model_judge import View
+from tests.model_walk import CARDS, JOBS, World, facts_of
+
+S = JobState
+Hurt = list[list[object]]  #: commands
+
+# -- workers
+
+
+def die(world: World) -> None:
+    name = world.random.choice(list(CARDS))
+    running = [world.views[job_id] for job_id in world.ids if world.views[job_id].job.state is S.RUNNING]
+    mute = [view.job for view in running if not view.spoke]
+    if mute and world.chance(0.8):  # so that there are suspects
+        name = max(mute, key=lambda job: job.crashes).worker or name
+    _bury(world, name, "it fell", lambda: world.store.expire_lease(name, "it fell"))
+
+
+def fall_silent(world: World) -> None:
+    name = world.random.choice(list(CARDS))
+    wipe_lease(world.client, name)
+    assert (world.store.reap().workers, world.store.reap().workers) == ((), ()), "swept before the grace"
+    assert world.client.zscore(keys.MARKS, name), "nobody saw that its lease ran out"
+    if world.chance(0.5):
+        outlast_grace(world.client, name)
+        _bury(world, name, "its lease ran out", world.store.reap)
+    elif world.chance(0.5):
+        born(world.store, name, card=CARDS[name])
+    else:  # it was only slow
+        held = {job.id: job.attempt for job in world.held[name].values()}
+        for job_id in world.store.renew(name, "busy", held, {}).lost:
+            world.zombies.append(world.held[name].pop(job_id))
+
+
+def leave(world: World) -> None:
+    """A worker goes, having handed its jobs back, or most of them; perhaps its lease had run out."""
+    name = world.random.choice(list(CARDS))
+    if world.chance(0.3):
+        wipe_lease(world.client, name)
+        world.store.reap()
+    if world.chance(0.3):
+        world.client.set(keys.HOLD, name)
+    world.store.release([(job.id, job.attempt) for job in world.held[name].values() if world.chance(0.5)])
+    left = world.client.scard(f"{keys.HELD}{name}")
+    world.store.death(name)
+    if left:
+        assert world.client.zscore(keys.LEASES, name) == 0, "nobody will sweep what it holds"
+        _bury(world, name, "it left without handing its jobs back", world.store.reap)
+    else:
+        world.bury(name)
+        _vanished(world, name)
+
+
+def _bury(world: World, name: str, how: str, sweep: Callable[[], ReapReport]) -> None:
+    """A worker dies; what it ran goes on, or ends where it must."""
+    held = {member.decode() for member in world.client.smembers(f"{keys.HELD}{name}")}
+    running = [view for view in world.look_at(world.ids).values() if view.job.state is S.RUNNING]
+    mine = [view for view in running if f"{view.job.id}:{view.job.attempt}" in held]
+    world.bury(name)
+    for key in (keys.RQ_WORKERS, keys.QUEUE_WORKERS):
+        world.client.sadd(key, f"{keys.RQ_WORKER}{name}")
+    report = sweep()
+    assert name in report.workers
+    assert not world.client.exists(keys.RQ_WORKERS, keys.QUEUE_WORKERS), f"{name} is RQ's worker still"
+    if not world.small:
+        _in_order(world, [view for view in mine if view.job.id not in world.pushed | world.touched])
+    for view in mine:
+        if view.job.id in world.by_rq:
+            continue
+        after, crashes = world.look(view.job.id).job, 1 if view.spoke else view.job.crashes + 1
+        state = S.CANCELLED if view.job.cancel_requested else S.FAILED if crashes >= 3 else S.QUEUED
+        assert (after.state, after.crashes) == (state, crashes), (
+            f"{view.job.id}: {after.state}, {after.crashes} crashes"
+        )
+        assert state is not S.FAILED or after.reason == "poison_job"
+        death = after.deaths[-1]
+        told = (death["attempt"], death["how"], death["tokens"], death["neighbours"])
+        assert told == (view.job.attempt, how, view.number("tokens"), len(held) - 1)
+        assert len(after.deaths) == min(5, len(view.job.deaths) + 1)
+    _vanished(world, name)
+
+
+def _in_order(world: World, views: list[View]) -> None:
+    """What goes on stands in the order in which it was claimed."""
+    claimed = {view.job.id: view.fields["started_at"] for view in views}
+    for key, ids in world.lists().items():
+        times = [claimed[job_id] for job_id in ids if job_id in claimed]
+        assert times == sorted(times) or key.startswith(keys.SUSPECTS), f"{claimed} reaped: {ids}"
+
+
+def _vanished(world: World, name: str) -> None:
+    """Nothing is left of the worker; another takes its name."""
+    assert name not in [card.name for card in world.store.workers()]
+    assert not world.client.exists(f"{keys.CARD}{name}", f"{keys.HELD}{name}")
+    assert world.client.zscore(keys.LEASES, name) is world.client.zscore(keys.MARKS, name) is None
+    assert world.client.get(keys.HOLD) != name.encode()
+    if world.chance(0.2):  # it was only asleep
+        world.store._card = None
+        world.store._runner.run(_beat(world, name))
+    else:
+        born(world.store, name, card=CARDS[name])
+    [card] = [card for card in world.store.workers() if card.name == name]
+    assert (card.model, card.host, card.started_at > 0) == (CARDS[name], "h", True)
+    assert {card.name for card in world.store.known()} == {card.name for card in CARDS.values()}
+
+
+def _beat(world: World, name: str) -> Command[Beat]:
+    card = WorkerCard(name=name, host="h", pid=1, model=CARDS[name])
+    return commands.renew(name, "busy", {}, {}, card, world.store._settings)
+
+
+# -- places
+
+
+def mend(world: World) -> None:
+    """A doctor looks at a job that is well, or that lost its place: it keeps its state, and is well."""
+    if not (job_id := world.any_id()) or job_id in world.touched:
+        return
+    before = world.views[job_id]
+    hurt = world.random.choice([each for each in HURTS if each(world, job_id)])
+    for command in hurt(world, job_id):
+        world.client.execute_command(*command)
+    audit.mend(world.client, job_id)
+    after = world.look(job_id)
+    lost = before.job.state is S.RUNNING and hurt is _lose_execution
+    state = before.job.state if not lost else S.CANCELLED if before.job.cancel_requested else S.QUEUED
+    assert after.job.state is state, f"{before.job.state} -> {after.job.state} by {hurt.__name__}"
+    assert state is S.CANCELLED or after.log == before.log
+    assert not after.facts.lists or state is S.QUEUED, f"left in {after.facts.lists}"
+    assert sum(times for _, times in after.facts.lists) <= 1
+    world.pushed.discard(job_id)
+
+
+def _lose_list(world: World, job_id: str) -> Hurt:
+    return [["LREM", key, 0, job_id] for key in audit.queue_lists(world.client)]
+
+
+def _gain_lists(world: World, job_id: str) -> Hurt:
+    return [["RPUSH", keys.READY, job_id], ["RPUSH", keys.SUSPECTS, job_id]]
+
+
+def _lose_index(world: World, job_id: str) -> Hurt:
+    job = world.views[job_id].job
+    right = f"{keys.INDEX}{job.kind}:{job.state}"
+    wrong: Hurt = [["ZADD", f"{keys.INDEX}{job.kind}:{each}", 1, job_id] for each in S if each is not job.state]
+    return [*wrong, ["ZREM", right, job_id], ["HSET", f"{keys.JOB}{job_id}", "place", "nowhere"]]
+
+
+def _gain_places(world: World, job_id: str) -> Hurt:
+    view = world.views[job_id]
+    places = [keys.SCHEDULED, keys.DEFERRED] if view.fields["status"] == "queued" else []
+    if view.job.state in FINAL:
+        places = [keys.SCHEDULED, keys.DEFERRED, keys.DEADLINES, keys.WAITS]
+    return [["ZADD", key, 9e12, job_id] for key in places]
+
+
+def _lose_registry(world: World, job_id: str) -> Hurt:
+    view = world.views[job_id]
+    if view.job.state not in FINAL:
+        return []
+    own = audit.REGISTRIES[view.fields["status"]]
+    found: Hurt = [["PERSIST", f"{keys.JOB}{job_id}"], ["ZREM", keys.RETENTION, job_id], ["ZREM", keys.DEAD, job_id]]
+    for name, key in (("finished", keys.FINISHED), ("failed", keys.FAILED), ("canceled", keys.CANCELED)):
+        found.append(["ZREM", key, job_id] if name == own else ["ZADD", key, 9e12, job_id])
+    return found
+
+
+def _lose_execution(world: World, job_id: str) -> Hurt:
+    job = world.views[job_id].job
+    return [["DEL", f"{keys.EXECUTION}{job_id}:{job.attempt}"]] if job.state is S.RUNNING else []
+
+
+def _lose_progress(world: World, job_id: str) -> Hurt:
+    job = world.views[job_id].job
+    member = f"{job_id}:{job.attempt}"
+    if job.state is not S.RUNNING:
+        return [["ZADD", keys.WIP, 9e9, member], ["HSET", f"{keys.EXECUTION}{member}", "worker_name", "w"]]
+    return [["ZREM", keys.WIP, member], ["SREM", f"{keys.HELD}{job.worker}", member]]
+
+
+HURTS = (_lose_list, _gain_lists, _lose_index, _gain_places, _lose_registry, _lose_execution, _lose_progress)
+
+
+def mend_nobody(world: World) -> None:
+    """What is left of a job that is not there any more is swept up."""
+    for key in (keys.FINISHED, keys.RETENTION, keys.DEAD, keys.WAITS, keys.DEADLINES, keys.SCHEDULED):
+        world.client.zadd(key, {"ghost": 9e12})
+    world.client.zadd(f"{keys.INDEX}predict:failed", {"ghost": 1})
+    world.client.zadd(keys.WIP, {"ghost:3": 9e12})
+    world.client.hset(f"{keys.EXECUTION}ghost:3", mapping={"worker_name": "w"})
+    world.client.sadd(f"{keys.HELD}w", "ghost:3")
+    world.client.rpush(keys.SUSPECTS, "ghost")
+    audit.mend(world.client, "ghost")
+    assert [*map(len, facts_of(world, "ghost")[1:5])] == [0, 0, 0, 0]
+    assert not world.client.sismember(f"{keys.HELD}w", "ghost:3")
+
+
+# -- stock RQ: it knows nothing of index and log
+
+
+def rq_enqueue(world: World) -> None:
+    if len(world.ids) >= JOBS:
+        return
+    world.made += 1
+    job_id, kind = f"j{world.made}", world.random.choice(("generate", "predict"))
+    wire = {"input": {"token_ids": [1]}} if kind == "predict" else {"input": {"prompt": "x"}}
+    model = world.random.choice(({}, {}, {"model": "other"}, {"model": "nobody's"}))
+    retry = Retry(max=2, interval=[0, 5]) if world.chance(0.3) else None
+    queue = Queue("generate", connection=world.client, serializer=JSONSerializer)
+    queue.enqueue(f"headrace.{kind}", {**wire, **model}, job_id=job_id, retry=retry)
+    world.ids.append(job_id)
+    world.touch(job_id)
+    world.views[job_id] = world.look(job_id)
+
+
+def push_twice(world: World) -> None:
+    if job_id := world.any_id(*(set(S) - {S.QUEUED})):
+        world.client.rpush(keys.READY, job_id)
+        world.pushed.add(job_id)
+
+
+def rq_cancel(world: World) -> None:
+    if job_id := world.any_id(S.QUEUED, S.RUNNING):  # RQ would let one cancel what has ended
+        world.touch(job_id)
+        _rq_job(world, job_id).cancel()
+
+
+def rq_requeue(world: World) -> None:
+    if job_id := world.any_id(S.FAILED) if world.chance(0.5) else world.any_id():
+        world.touch(job_id)
+        _rq_job(world, job_id).requeue()
+        if world.chance(0.4):  # its old end is noted still
+            world.client.zadd(keys.RETENTION, {job_id: 1})
+            world.store.expire()
+            assert world.client.ttl(f"{keys.JOB}{job_id}") == -1, f"{job_id} waits, and will be forgotten"
+
+
+def rq_clean(world: World) -> None:
+    """A dashboard on a fast clock."""
+    StartedJobRegistry("generate", connection=world.client, serializer=JSONSerializer).cleanup(time.time() + 9_999)
+
+
+def _rq_job(world: World, job_id: str) -> RqJob:
+    return RqJob.fetch(job_id, connection=world.client, serializer=JSONSerializer)

@@ -1,0 +1,240 @@
+"""The model test's random walk: one act a step (``tests.model_acts``), and after each all that must hold.
+
+Workers of two engines of one model and of another model, zombies, lost replies, duplicates, readers, a doctor and stock
+RQ's own tools take part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+
+from core.errors import HeadraceError, JobConflict, JobNotFound
+from core.request import Choice, Result, TokenEvent, TokenLogprob, Usage
+from jobs import audit, commands, keys, scripting
+from jobs.job import FINAL, JobState
+from jobs.logs import read_log
+from jobs.runner import _words
+from jobs.scripting import Command
+from jobs.store import ClaimedJob, LoggedEvent, Publication, Store
+from tests.jobs_world import CARD, OTHER, born
+from tests.model_judge import IDS, View, judge_answer, judge_change, judge_job, judge_ours
+
+S = JobState
+#: Two compute alike, one otherwise: what it may go on with, a job's resume policy and its readers decide.
+CARDS = {"w": CARD, "v": CARD, "u": dataclasses.replace(CARD, dtype="bfloat16"), "o": OTHER}
+JOBS = 12  #: at a time
+#: Everything about jobs and workers that no answer tells. ARGV: ids.
+LOOK = """
+local call, jobs, held = redis.call, {}, {}
+for i, id in ipairs(ARGV) do
+  jobs[i] = {call('HGETALL', K.job .. id), call('TTL', K.job .. id) < 0 and 1 or 0}
+end
+for _, key in ipairs(call('KEYS', K.held .. '*')) do held[#held + 1] = {key, call('SMEMBERS', key)} end
+return {jobs, call('SMEMBERS', K.queues), call('ZRANGE', K.leases, 0, -1), call('ZRANGE', K.marks, 0, -1),
+  call('KEYS', K.card .. '*'), held}
+"""
+
+
+class World:
+    """What the workers and readers believe, and what the jobs were when last seen."""
+
+    def __init__(self, store: Store, seed: int) -> None:
+        self.store, self.random = store, random.Random(seed)
+        self.client: Any = store.connection
+        self.held: dict[str, dict[str, ClaimedJob]] = {name: {} for name in CARDS}
+        self.zombies: list[ClaimedJob] = []  #: what dead or swept workers still believe
+        self.shown: dict[str, list[LoggedEvent]] = {}  #: what somebody outside was shown of each job's run
+        self.ids: list[str] = []
+        self.made = 0
+        self.by_rq: set[str] = set()  #: ids that stock RQ moved, and nobody has looked at since
+        self.touched: set[str] = set()  #: ids that stock RQ ever moved
+        self.pushed: set[str] = set()  #: ids that may be in a list once more, by stock RQ's doing
+        self.acts: Counter[str] = Counter()
+        self.views: dict[str, View] = {}
+        self.small = seed % 2 == 1  #: one call of a script does little, and is to be called again
+        self._seen: dict[str, tuple[Any, View]] = {}
+        self._lists = [keys.READY, keys.SUSPECTS]
+        self._look = self.client.register_script(f"local K={scripting._table(keys.table())} {LOOK}")
+        self.client.script_load(self._look.script)
+        store._runner.load()
+        for name, card in CARDS.items():
+            born(store, name, card=card)
+
+    # -- what acts are made of
+
+    def any_id(self, *states: JobState) -> str | None:
+        found = [job_id for job_id in self.ids if not states or self.views[job_id].job.state in states]
+        return self.random.choice(found) if found else None
+
+    def any_held(self) -> tuple[str, ClaimedJob] | None:
+        every = [(name, job) for name in CARDS for job in self.held[name].values()]
+        return self.random.choice(every) if every else None
+
+    def chance(self, probability: float) -> bool:
+        return self.random.random() < probability
+
+    def bury(self, name: str) -> None:
+        self.zombies += self.held[name].values()
+        self.held[name].clear()
+
+    def touch(self, job_id: str) -> None:
+        """Stock RQ moves it: its id may stay in a list, and be queued once more."""
+        for each in (self.by_rq, self.touched, self.pushed):
+            each.add(job_id)
+        self.shown.pop(job_id, None)
+
+    def look(self, job_id: str) -> View:
+        """The job as it is now; ``Store.get`` would mend what stock RQ left behind."""
+        found = self.look_at([job_id])
+        if job_id not in found:
+            raise JobNotFound(job_id)
+        return found[job_id]
+
+    def look_at(self, job_ids: Sequence[str]) -> dict[str, View]:
+        return self._take(job_ids)[0]
+
+    def lists(self) -> dict[str, list[str]]:
+        return {key: [each.decode() for each in self.client.lrange(key, 0, -1)] for key in self._lists}
+
+    def speech(self, job: ClaimedJob, said: int, first: int, number: int) -> Publication:
+        """So many events more, of several choices, some with two tokens or none, some with log-probabilities."""
+        events = []
+        for _ in range(number):
+            ids = tuple(IDS * n for n in range(said, said + self.random.choice((1, 1, 1, 2, 0) if said else (1, 2))))
+            said += len(ids)
+            logprobs = tuple(TokenLogprob(token_id=each, logprob=-0.5) for each in ids) if self.chance(0.2) else None
+            text = "".join(f"é{each}" for each in ids)
+            index = self.random.choice((0, 0, 0, 1))
+            events.append(TokenEvent(job_id=job.id, index=index, text=text, token_ids=ids, logprobs=logprobs))
+        return Publication(job_id=job.id, attempt=job.attempt, first=first, events=events)
+
+    # -- looking
+
+    def check(self, act: str, whole: bool) -> None:
+        """``whole``: also of what nobody remembers."""
+        for job_id in self.ids if whole else ():
+            with contextlib.suppress(JobNotFound):
+                self.store.get(job_id)  # mends what stock RQ left behind: it knows nothing of index and log
+        self.by_rq -= set(self.ids) if whole else set()
+        before = self.views
+        self.views, house = self._take(self.ids)
+        self.ids = [job_id for job_id in self.ids if job_id in self.views]
+        problems = [f"{job_id}: {each}" for job_id in self.ids for each in self._judge(before.get(job_id), job_id, act)]
+        problems += self._judge_house(*house)
+        if whole:
+            found = (each.split(": ", 1) for each in audit.audit(self.client))
+            problems += [f"{job_id}: {each}" for job_id, each in found if not self._left_by_rq(job_id, each)]
+        assert problems == [], problems
+
+    def _take(self, ids: Sequence[str]) -> tuple[dict[str, View], Any]:
+        """Views of jobs at one moment; the log and the answer of a poll only of those that do not look as they did."""
+        examine = Command("examine", [len(self._lists), *self._lists, *ids], list)
+        with self.client.pipeline() as pipeline:
+            pipeline.execute_command("EVALSHA", self._look.sha, 0, *ids)
+            pipeline.execute_command(*_words(examine, 86_400))
+            (jobs, queues, *house), facts = pipeline.execute()
+        lists = sorted({keys.SUSPECTS, keys.READY, *(key.decode() for key in queues)})
+        if lists != self._lists:  # one that nobody knew
+            self._lists = lists
+            return self._take(ids)
+        raw = {job_id: (jobs[i], facts[i]) for i, job_id in enumerate(ids) if jobs[i][0]}
+        fresh = [job_id for job_id in raw if self._seen.get(job_id, ((),))[0] != raw[job_id]]
+        reads = [each for job_id in fresh for each in (commands.get(job_id), commands.events(job_id, -1))]
+        answers = self.store._runner.answers(reads) if reads else []
+        for job_id, row, log in zip(fresh, answers[::2], answers[1::2], strict=True):
+            (fields, stays), fact = raw[job_id]
+            texts = {
+                name.decode(): value.decode(errors="replace")
+                for name, value in zip(fields[::2], fields[1::2], strict=True)
+            }
+            view = View(commands.get(job_id).decode(row).job, read_log(log), texts, bool(stays), audit._facts(fact))
+            self._seen[job_id] = raw[job_id], view
+        return {job_id: self._seen[job_id][1] for job_id in raw}, house
+
+    def _judge(self, before: View | None, job_id: str, act: str) -> list[str]:
+        view = self.views[job_id]
+        if view is before or job_id in self.by_rq:
+            return []
+        if before and before.job.state in FINAL and view.job.state not in FINAL:
+            self.shown.pop(job_id, None)  # another run
+        found = [each for each in audit.judge(view.facts) if not self._left_by_rq(job_id, each)]
+        found += [*judge_job(view), *judge_change(before, view, act)]
+        if job_id not in self.touched:
+            found += [*judge_ours(view), *judge_answer(before, view, act)]
+        shown = self.shown.get(job_id)
+        if shown is not None and list(view.log[: len(shown)]) != shown:
+            found.append(f"a reader was shown {shown}, and now it is {view.log}")
+        return found
+
+    def _left_by_rq(self, job_id: str, problem: str) -> bool:
+        """Stock RQ may put an id into the queue twice: the second falls out when it is claimed."""
+        return job_id in self.pushed and ", and is in [" in problem
+
+    def _judge_house(
+        self, leases: Iterable[bytes], marks: Iterable[bytes], cards: Iterable[bytes], held: Iterable[tuple[bytes, Any]]
+    ) -> Iterator[str]:
+        """Every worker lives between two acts, and holds what it runs."""
+        found = {name.decode() for name in leases}, {key.decode().removeprefix(keys.CARD) for key in cards}
+        if found != (set(CARDS), set(CARDS)) or marks:
+            yield f"leases {found[0]}, cards {found[1]}, marks {marks}"
+        for key, members in held:
+            for job_id, attempt in (member.decode().rsplit(":", 1) for member in members):
+                view = self.views.get(job_id)
+                runs = view and view.job.state is S.RUNNING and view.job.attempt == int(attempt)
+                if job_id not in self.touched and not (
+                    runs and key.decode() == f"{keys.HELD}{view and view.job.worker}"
+                ):
+                    yield f"{key!r} has attempt {attempt} of {job_id}"
+
+
+def answer_of(log: Sequence[LoggedEvent]) -> Result:
+    """The result that a log's events make."""
+    texts: dict[int, str] = {0: ""}
+    for event in log:
+        if event.type == "token":
+            texts[event.fields["index"]] = texts.get(event.fields["index"], "") + event.fields["text"]
+    choices = [Choice(index=index, text=text, finish_reason="length", token_ids=()) for index, text in texts.items()]
+    return Result(usage=Usage(prompt_tokens=1, completion_tokens=1), choices=tuple(choices))
+
+
+def walk(store: Store, seed: int, steps: int) -> World:
+    """Take so many steps, judging each."""
+    with pytest.MonkeyPatch.context() as patch:
+        if seed % 2 == 1:
+            patch.setattr(commands, "SWEEP", 2)
+            patch.setattr(commands, "LOOKS", 4)
+        world = World(store, seed)
+        _take_steps(world, steps)
+    return world
+
+
+def _take_steps(world: World, steps: int) -> None:
+    from tests.model_acts import ACTS
+
+    acts, weights, trail = list(ACTS), list(ACTS.values()), [""]
+    for number in range(steps):
+        [act] = world.random.choices(acts, weights)
+        trail.append(act.__name__)
+        world.acts[act.__name__] += 1
+        try:
+            with contextlib.suppress(JobConflict, JobNotFound, NoSuchJobError, InvalidJobOperation):
+                act(world)
+            world.check(act.__name__, number % 16 == 0)
+        except (AssertionError, HeadraceError, LookupError, TypeError, ValueError) as error:
+            raise AssertionError(f"step {number} after {trail[-6:]}: {type(error).__name__} {error}") from error
+
+
+def facts_of(world: World, job_id: str) -> Any:
+    """Where an id is that no job has."""
+    lists = audit.queue_lists(world.client)
+    [(answer, _)] = world.store._runner.run(Command("examine", [len(lists), *lists, job_id], list))
+    return json.loads(answer)

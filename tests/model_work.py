@@ -1,0 +1,256 @@
+"""What workers do in the model test: claim, publish, settle, release, renew; each asserts what must come of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import redis
+
+from core.errors import EngineError
+from core.request import Request
+from jobs import commands, keys
+from jobs.job import JobState, Resume
+from jobs.store import ClaimedJob, Outcome, Publication, Settlement
+from tests.jobs_world import ended, failed
+from tests.model_judge import View
+from tests.model_walk import CARDS, World, answer_of
+
+S = JobState
+
+
+def claim(world: World) -> None:
+    name, room, before = world.random.choice("wwvuuuo"), world.random.choice((0, 1, 2, 4)), world.lists()
+    card, mine = CARDS[name], world.held[name]
+    hold = _must_hold(world, name, before)
+    got = world.store.claim(name, card, room, len(mine))
+    assert room == 0 or hold in (None, got.hold), f"hold: {got.hold}"
+    if got.alone:
+        assert (len(got.jobs), len(mine), world.client.exists(keys.HOLD)) == (1, 0, 0)
+    assert len(got.jobs) <= room
+    assert not got.more or (world.small and len(got.jobs) < room)
+    for job in got.jobs:
+        view, last = world.look(job.id), world.views[job.id].job.attempt
+        assert (view.job.state, view.job.worker, view.job.attempt) == (S.RUNNING, name, job.attempt)
+        assert job.attempt == last + 1, f"{job.id}: claimed without raising the fence by one"
+        assert job.crashes < 2 or got.alone, f"{job.id}: a suspect beside others"
+        if not isinstance(job.request, Request):
+            assert view.fields["model"] == "nobody's", f"{job.id} of {view.fields.get('model')}: {job.request}"
+        else:
+            assert (view.fields["kind"], view.fields.get("model", "")) == (job.request.kind, job.request.model or "")
+            assert view.fields.get("model", "").lower() in ("", card.name), f"{job.id}: claimed by another model"
+        assert job.next_event == view.log[-1].number + 1
+        assert view.log[-1].fields["engine"]["dtype"] == card.dtype
+        assert not view.drawn or view.job.resume is Resume.ANY or view.fields["engine"] == card.identity
+        assert (job.deadline_in_seconds or 1) > 0, f"{job.id}: too late, and claimed"
+    routed = {*before[keys.READY]} & world.touched  # perhaps: it was taken, and given to another model
+    if len(got.jobs) < room and not (got.alone or got.hold or got.more or routed):
+        after = world.lists()
+        for key in (f"{keys.LIKE}{card.identity}", f"{keys.MODEL_READY}{card.name}", keys.READY):
+            assert not after.get(key), f"{name} left {after[key]} in {key}"
+    for ids in before.values():
+        places = [ids.index(job.id) for job in got.jobs if job.id in ids and job.id not in world.pushed]
+        assert places == sorted(places), f"{got.jobs} out of {ids}"
+    if world.chance(0.8):  # else the reply is lost, and the next beat tells
+        mine.update({job.id: job for job in got.jobs})
+
+
+def _must_hold(world: World, name: str, lists: dict[str, list[str]]) -> bool | None:
+    """Whether a busy worker is to empty itself for a suspect that has waited for two seconds; None: nobody knows."""
+    card, ages = CARDS[name], []
+    if not world.held[name] or world.client.get(keys.HOLD) not in (None, name.encode()):
+        return False
+    for key in (f"{keys.LIKE_SUSPECTS}{card.identity}", f"{keys.SUSPECTS}.{card.name}", keys.SUSPECTS):
+        view = world.views.get((lists.get(key) or [""])[0])
+        if view and view.job.state is S.QUEUED:
+            ages.append(world.client.time()[0] * 1000 - view.number("suspect_at"))
+    return True if any(age > 3_000 for age in ages) else False if all(age < 0 for age in ages) else None
+
+
+def suspend(world: World) -> None:
+    """``rq suspend`` holds, and then somebody without a lease asks."""
+    name = world.random.choice(list(CARDS))
+    held = {job.id: job.attempt for job in world.held[name].values()}
+    world.client.set(keys.SUSPENDED, 1)
+    try:
+        assert world.store.claim(name, CARDS[name], 4, 0).jobs == ()
+        assert world.store.renew(name, "busy", held, {}).suspended
+    finally:
+        world.client.delete(keys.SUSPENDED)
+    assert world.store.claim("nobody", CARDS[name], 4, 0).jobs == (), "without a lease"
+
+
+def suspects_wait(world: World) -> None:
+    for key, ids in world.lists().items():
+        for job_id in ids if key.startswith(keys.SUSPECTS) else ():
+            if job_id in world.ids and world.views[job_id].job.state is S.QUEUED:
+                world.client.hset(f"{keys.JOB}{job_id}", "suspect_at", 1)
+
+
+def publish(world: World) -> None:
+    if (found := world.any_held()) is None:
+        return
+    name, job = found
+    view = world.look(job.id)
+    first = view.log[-1].number + 1 if view.log and view.job.attempt == job.attempt else job.next_event
+    said = world.speech(job, view.number("tokens"), first, world.random.randint(1, 3))
+    settled = view.fields.get("settled") == str(job.attempt)
+    ours = view.job.attempt == job.attempt and view.job.state in (S.RUNNING, S.QUEUED)
+    if ours and not settled and world.chance(0.1):
+        assert _leaves_a_hole(world, dataclasses.replace(said, first=first + 3))
+    for _ in range(world.random.choice((1, 1, 2))):
+        reported = world.store.report([said], [])
+        assert (job.id in reported.refused) != (ours or (settled and view.job.attempt == job.attempt))
+        assert (job.id in reported.cancels) == (ours and not settled and view.job.cancel_requested)
+    after = world.look(job.id)
+    if not ours or settled:
+        assert len(after.drawn) == len(view.drawn), f"{job.id}: said by whom it does not belong to"
+        world.held[name].pop(job.id, None)
+        return
+    for event, meant in zip(after.log[-len(said.events) :], said.events, strict=True):
+        told = (event.fields["index"], event.fields["text"], tuple(event.fields["token_ids"]))
+        assert told == (meant.index, meant.text, meant.token_ids)
+        assert len(event.fields.get("logprobs", ())) == len(meant.logprobs or ())
+
+
+def _leaves_a_hole(world: World, said: Publication) -> bool:
+    try:
+        world.store.report([said], [])
+    except redis.ResponseError as error:
+        return "leaves a hole" in str(error)
+    return False
+
+
+def settle(world: World) -> None:
+    if (found := world.any_held()) is not None:
+        name, job = found
+        del world.held[name][job.id]
+        world.zombies.append(job)
+        end(world, job)
+
+
+def end(world: World, job: ClaimedJob) -> None:
+    """Settle, perhaps several times; refused unless the attempt is the job's, and then exactly as it was said."""
+    pick, view = world.random, world.look(job.id)
+    outcome = pick.choice([Outcome.SUCCEEDED, *Outcome])
+    if view.number("retries_left") and world.chance(0.6):
+        outcome = Outcome.FAILED
+    error = pick.choice([None, EngineError("again")])
+    log = list(view.log) if world.chance(0.7) else []
+    settlement = failed(job, error) if outcome is Outcome.FAILED else ended(job, outcome, answer_of(log))
+    same, state = view.job.attempt == job.attempt, view.job.state
+    settled = same and view.fields.get("settled") == str(job.attempt)
+    counts = same and not settled and (state is S.RUNNING or (state is S.QUEUED and outcome is Outcome.SUCCEEDED))
+    if counts and world.chance(0.1):  # the server lost the script that was to publish its last words
+        early = commands.settle(settlement, view.number("events") + 1)
+        assert world.store._runner.run(early) == commands.TOO_EARLY
+    for _ in range(pick.choice((1, 2, 3))):
+        refused = job.id in world.store.report([], [settlement]).refused
+        assert refused != (counts or settled), f"{outcome} of {job.id} refused: {refused}"
+    after = world.look(job.id)
+    if not counts:
+        assert after.job.state is state or job.id in world.by_rq, f"{job.id}: {state}, {after.job.state} for nothing"
+    elif view.number("retries_left") and error and outcome is Outcome.FAILED and not view.job.cancel_requested:
+        assert (after.job.state, after.number("retries_left")) == (S.QUEUED, view.number("retries_left") - 1)
+        assert after.fields["status"] == ("queued" if view.number("retries_left") == 2 else "scheduled")
+        assert after.facts.places >= {"scheduled"} or stands_where_it_should(world, after)
+    else:
+        _judge_end(after, view, settlement)
+
+
+def _judge_end(after: View, view: View, settlement: Settlement) -> None:
+    outcome = settlement.outcome
+    assert after.job.state == outcome.value, f"{outcome}, and is {after.job.state}"
+    assert (after.fields["status"] == "stopped") == (outcome is Outcome.CANCELLED and not view.job.cancel_requested)
+    assert after.job.attempt == settlement.attempt
+    if settlement.error:
+        assert (after.job.error or {})["code"] == settlement.error.code
+        return
+    assert settlement.result is not None
+    found, said = after.job.result or {}, settlement.result.to_wire()
+    assert [each["text"] for each in found["choices"]] == [each["text"] for each in said["choices"]]
+
+
+def zombie(world: World) -> None:
+    """Somebody who lost a job speaks about it: refused and without effect, but for a late result."""
+    world.zombies = [job for job in world.zombies if job.id in world.ids][-20:]
+    if not world.zombies:
+        return
+    reaped = [job for job in world.zombies if world.views[job.id].job.state is S.QUEUED]
+    job = world.random.choice(reaped if reaped and world.chance(0.3) else world.zombies)
+    what = world.random.choice(["release", "publish", "publish", "adopt", "end", "end"])
+    view = world.look(job.id)
+    lost = view.job.attempt != job.attempt or view.job.state is not S.RUNNING
+    if what == "end":
+        end(world, job)
+    elif what == "release":
+        release_now(world, job)
+    elif what == "adopt" and lost:
+        told = commands.adopt(job.id, job.attempt, view.job.kind, "other", 1, route=world.chance(0.5))
+        assert world.store._runner.run(told) == 0, f"{job.id}: adopted by whom it does not belong to"
+    elif what == "publish":
+        said = world.speech(job, view.number("tokens"), view.number("events") + 5, 1)
+        refused = lost and not (view.job.attempt == job.attempt and view.job.state is S.QUEUED)
+        settled = view.job.attempt == job.attempt and view.fields.get("settled") == str(job.attempt)
+        try:
+            assert (job.id in world.store.report([said], []).refused) == (refused and not settled)
+        except redis.ResponseError:  # a hole in its log
+            assert not refused
+            assert not settled
+
+
+def release(world: World) -> None:
+    if (found := world.any_held()) is not None:
+        name, job = found
+        del world.held[name][job.id]
+        world.zombies.append(job)
+        release_now(world, job)
+
+
+def release_now(world: World, job: ClaimedJob) -> None:
+    view = world.look(job.id)
+    world.store.release([(job.id, job.attempt)] * world.random.choice((1, 2)))
+    after = world.look(job.id)
+    if view.job.attempt != job.attempt or view.job.state is not S.RUNNING:
+        assert after.job.state is view.job.state or job.id in world.by_rq, f"{job.id}: released by another"
+    elif view.job.cancel_requested:
+        assert after.job.state is S.CANCELLED
+    else:
+        assert after.job.state is S.QUEUED
+        key = after.facts.lists[0][0]
+        suspect = view.job.crashes >= 2
+        assert job.id in world.pushed or key.startswith(keys.SUSPECTS) == suspect
+        assert job.id in world.pushed or world.client.lindex(key, -1 if suspect else 0) == job.id.encode()
+
+
+def renew(world: World) -> None:
+    name = world.random.choice(list(CARDS))
+    if world.held[name] and world.chance(0.3):
+        world.zombies.append(world.held[name].popitem()[1])  # it forgot one
+    held = {job.id: job.attempt for job in world.held[name].values()}
+    views = {job_id: world.views.get(job_id) for job_id in held}
+    beat = world.store.renew(name, "busy", held, {})
+    ours = {
+        job_id: view for job_id, view in views.items()
+        if view and view.job.state is S.RUNNING and view.job.attempt == held[job_id]
+    }  # fmt: skip
+    assert set(beat.lost) == set(held) - set(ours)
+    assert set(beat.cancels) == {job_id for job_id, view in ours.items() if view.job.cancel_requested}
+    assert not beat.suspended
+    for job_id in beat.lost:
+        world.zombies.append(world.held[name].pop(job_id))
+    [card] = [card for card in world.store.workers() if card.name == name]
+    assert (card.state, card.running, card.host) == ("busy", len(held), "h")
+    running = {
+        job_id
+        for job_id in world.ids
+        if (view := world.views[job_id]).job.state is S.RUNNING and view.job.worker == name
+    }
+    assert running - set(held) <= {job_id for job_id, _ in beat.unknown}
+    world.store.release(beat.unknown)
+
+
+def stands_where_it_should(world: World, view: View) -> bool:
+    """Whether a job that RQ tries again is at that end of its list that its submitter wanted."""
+    end_of = 0 if view.fields.get("enqueue_at_front_on_retry") == "1" else -1
+    found = [world.client.lindex(key, end_of) for key, _ in view.facts.lists]
+    return view.job.id in world.pushed or found == [view.job.id.encode()]
