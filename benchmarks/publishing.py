@@ -29,6 +29,7 @@ from jobs.settings import StoreSettings
 from jobs.store import Store
 
 BEAT_SECONDS = 2.5  #: after so long a worker has told its counters again
+LOAD_SECONDS = 600  #: vLLM may compile before it serves
 numbers = itertools.count()
 
 
@@ -58,7 +59,7 @@ def main() -> None:
 def measure(url: str, items: Sequence[Item], repeats: int) -> list[dict[str, float]]:
     """The worker's counters of each run, after a warm-up."""
     store = Store(StoreSettings(redis_url=url))
-    await_it(lambda: find(store, "bench0"), "worker")
+    await_it(lambda: find(store, "bench0"), "worker", seconds=LOAD_SECONDS)
     counters = [run(store, items[:4])]
     for _ in range(repeats):
         counters.append(run(store, items))

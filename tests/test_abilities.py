@@ -15,6 +15,7 @@ from core.card import ALL_ABILITIES, ModelCard
 from core.errors import UnsupportedRequest
 from core.instant import InstantConfig, InstantEngine
 from core.request import Kind, Request, SamplingParams
+from core.vllm_args import NEVER, OURS, check_names
 from jobs.settings import SettingError, from_environ
 from tests.api_world import front
 from tests.processes import clean_environment
@@ -104,6 +105,21 @@ def test_vllm_args_that_are_neither_are_a_wrong_setting_of_that_name(text: str) 
 def test_vllm_args_with_another_engine_are_refused_and_not_ignored() -> None:
     with pytest.raises(SettingError, match="HEADRACE_VLLM_ARGS: is for engine vllm, and this is torch"):
         from_environ(WorkerSettings, {"HEADRACE_VLLM_ARGS": "a=1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("tensor_paralel_size", "vLLM 1.2 has no argument 'tensor_paralel_size'"),
+        *((name, f"{name} is set by HEADRACE_{setting}") for name, setting in OURS.items()),
+        *((name, f"{name} is not passed on") for name in NEVER),
+    ],
+)
+def test_an_argument_that_vllm_has_not_or_that_we_set_is_refused_by_its_name(name: str, why: str) -> None:
+    known = {"tensor_parallel_size", *OURS, *NEVER}
+    check_names(["tensor_parallel_size"], known, "1.2")
+    with pytest.raises(ValueError, match=f"^vllm_args: {why}"):
+        check_names(["tensor_parallel_size", name], known, "1.2")
 
 
 def test_a_worker_told_to_use_vllm_where_there_is_none_says_so_and_exits_2(valkey_url: str) -> None:

@@ -36,7 +36,11 @@ def test_the_successors_of_killed_torch_workers_draw_the_same_tokens(
     valkey: redis.Redis, valkey_url: str, tmp_path: Path
 ) -> None:
     """Killed in the middle of a batch, wherever it was, and its successor before it settles."""
-    config = {"model": str(make("llama", tmp_path / "llama").folder), "dtype": "float32", "kv_memory": "4MiB"}
+    config: dict[str, Any] = {
+        "model": str(make("llama", tmp_path / "llama").folder),
+        "dtype": "float32",
+        "kv_memory": "4MiB",
+    }
     times = {"lease_seconds": 30, "threads": 1}
     with proxied(valkey_url) as proxy, worker(proxy.url, tmp_path, engine="torch", **config, **times) as process:
         jobs = [put_wire(valkey, wire(n)) for n in range(JOBS)]
