@@ -52,7 +52,7 @@ def test_the_successors_of_killed_torch_workers_draw_the_same_tokens(
         answers = [[choice["token_ids"] for choice in whole(job)["choices"]] for job in jobs]
 
     requests = [Request.from_wire(wire(n), kind=Kind.GENERATE) for n in range(JOBS)]
-    undisturbed = Engine.load(EngineConfig(**config, threads=1)).generate(requests)  # type: ignore[arg-type]
+    undisturbed = Engine.load(EngineConfig(**config, threads=1)).generate(requests)
     assert ends == {"finished"}
     assert rule.happened.is_set()
     assert max(attempts) == 3
