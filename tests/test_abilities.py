@@ -16,6 +16,7 @@ from core.errors import UnsupportedRequest
 from core.instant import InstantConfig, InstantEngine
 from core.request import Kind, Request, SamplingParams
 from core.vllm_args import NEVER, OURS, check_names
+from headrace.layers import load
 from jobs.settings import SettingError, from_environ
 from tests.api_world import front
 from tests.processes import clean_environment
@@ -100,6 +101,16 @@ def test_vllm_args_are_read_from_words_and_from_json(text: str, args: dict[str, 
 def test_vllm_args_that_are_neither_are_a_wrong_setting_of_that_name(text: str) -> None:
     with pytest.raises(SettingError, match="HEADRACE_VLLM_ARGS"):
         from_environ(WorkerSettings, {"HEADRACE_ENGINE": "vllm", "HEADRACE_VLLM_ARGS": text})
+
+
+def test_vllm_args_of_the_configuration_file_reach_the_worker_unchanged(tmp_path: Path) -> None:
+    args = '{"tensor_parallel_size": 8, "quantization": "fp8"}'
+    config = tmp_path / "headrace.toml"
+    config.write_text(f"engine = 'vllm'\nvllm_args = '{args}'\n")
+    settings = from_environ(WorkerSettings, load({}, {}, config).to_environment())
+
+    assert settings.engine == "vllm"
+    assert read_vllm_args(settings.vllm_args) == {"tensor_parallel_size": 8, "quantization": "fp8"}
 
 
 def test_vllm_args_with_another_engine_are_refused_and_not_ignored() -> None:
