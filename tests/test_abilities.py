@@ -15,6 +15,8 @@ from core.card import ALL_ABILITIES, FIRST_PARAMS, OPTIONAL_PARAMS, ModelCard
 from core.errors import UnsupportedRequest
 from core.instant import InstantConfig, InstantEngine
 from core.request import Kind, Request, SamplingParams
+from core.vllm_args import NEVER, OURS, check_names
+from headrace.layers import load
 from jobs.settings import SettingError, from_environ
 from tests.api_world import front
 from tests.processes import clean_environment
@@ -113,9 +115,34 @@ def test_vllm_args_that_are_neither_are_a_wrong_setting_of_that_name(text: str) 
         from_environ(WorkerSettings, {"HEADRACE_ENGINE": "vllm", "HEADRACE_VLLM_ARGS": text})
 
 
+def test_vllm_args_of_the_configuration_file_reach_the_worker_unchanged(tmp_path: Path) -> None:
+    args = '{"tensor_parallel_size": 8, "quantization": "fp8"}'
+    config = tmp_path / "headrace.toml"
+    config.write_text(f"engine = 'vllm'\nvllm_args = '{args}'\n")
+    settings = from_environ(WorkerSettings, load({}, {}, config).to_environment())
+
+    assert settings.engine == "vllm"
+    assert read_vllm_args(settings.vllm_args) == {"tensor_parallel_size": 8, "quantization": "fp8"}
+
+
 def test_vllm_args_with_another_engine_are_refused_and_not_ignored() -> None:
     with pytest.raises(SettingError, match="HEADRACE_VLLM_ARGS: is for engine vllm, and this is torch"):
         from_environ(WorkerSettings, {"HEADRACE_VLLM_ARGS": "a=1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("tensor_paralel_size", "vLLM 1.2 has no argument 'tensor_paralel_size'"),
+        *((name, f"{name} is set by HEADRACE_{setting}") for name, setting in OURS.items()),
+        *((name, f"{name} is not passed on") for name in NEVER),
+    ],
+)
+def test_an_argument_that_vllm_has_not_or_that_we_set_is_refused_by_its_name(name: str, why: str) -> None:
+    known = {"tensor_parallel_size", *OURS, *NEVER}
+    check_names(["tensor_parallel_size"], known, "1.2")
+    with pytest.raises(ValueError, match=f"^vllm_args: {why}"):
+        check_names(["tensor_parallel_size", name], known, "1.2")
 
 
 def test_a_worker_told_to_use_vllm_where_there_is_none_says_so_and_exits_2(valkey_url: str) -> None:

@@ -109,6 +109,31 @@ def test_the_shared_words_need_the_standard_library_only() -> None:
     assert wrong == []
 
 
+def reached(first: Path) -> set[Path]:
+    """The files that one imports, and those that they import, itself included."""
+    found, left = set[Path](), [first]
+    while left:
+        path = left.pop()
+        found.add(path)
+        names = {ROOT / f"{module.replace('.', '/')}.py" for module in imports(path)}
+        left += [other for other in names & set(FILES) if other not in found]
+    return found
+
+
+def test_no_engine_knows_that_there_are_others() -> None:
+    files = {name: ROOT / "core" / f"{name}.py" for name in ("engine", "instant", "vllm_engine")}
+    others = {name: {files[other] for other in files if other != name} for name in files}
+
+    assert [name for name in files if reached(files[name]) & others[name]] == []
+    words = [
+        f"{where(path)}:{node.lineno} {node.value}"
+        for path in reached(files["engine"])
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in ("vllm", "instant")
+    ]
+    assert words == []
+
+
 def test_the_face_needs_httpx2_and_rich_only() -> None:
     known = {*sys.stdlib_module_names, "headrace", "httpx2", "rich"}
     others = {

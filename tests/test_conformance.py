@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from core.card import OPTIONAL_PARAMS, RESUME, RESUME_SAMPLED, ModelCard
+from core.bounds import BOUNDS
+from core.card import ALL_ABILITIES, OPTIONAL_PARAMS, RESUME, RESUME_SAMPLED, ModelCard
 from core.errors import InvalidField, PromptTooLong, RequestError, UnsupportedRequest
 from core.protocol import EngineProtocol
 from core.request import Choice, Emitted, Event, FinishedEvent, Kind, Request, Result, SamplingParams, TokenEvent
@@ -137,7 +138,8 @@ def emitted_of(choice: Choice, cut: int) -> Emitted:
 
 
 def needs(engine: EngineProtocol, ability: str) -> None:
-    if ability not in engine.card.abilities:
+    """Skip what the card does not declare, where it has a choice."""
+    if ability in ALL_ABILITIES and ability not in engine.card.abilities:
         pytest.skip(f"the {engine.card.engine} engine does not declare {ability}")
 
 
@@ -362,6 +364,20 @@ def test_top_k_of_one_takes_the_likeliest_token(engine: EngineProtocol) -> None:
 
     for filters in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         assert choice_of(alone(engine, ask(temperature=1.5, seed=9, **filters))) == greedy, filters
+
+
+@pytest.mark.parametrize("edge", ["low", "high"])
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_parameter_may_be_as_small_and_as_large_as_its_bound_says(
+    engine: EngineProtocol, name: str, edge: str
+) -> None:
+    needs(engine, name)
+    value = getattr(BOUNDS[name], edge) + (1e-6 if BOUNDS[name].above and edge == "low" else 0)
+    params: dict[str, Any] = {"temperature": 1.0, "max_tokens": 2, name: int(value) if BOUNDS[name].whole else value}
+    [*choices] = result_of(alone(engine, ask(**params))).choices
+
+    assert len(choices) == params.get("n", 1)
+    assert all(len(choice.token_ids) == min(params["max_tokens"], engine.card.max_model_len - 4) for choice in choices)
 
 
 @pytest.mark.parametrize(

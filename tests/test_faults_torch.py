@@ -36,7 +36,11 @@ def test_the_successors_of_killed_torch_workers_draw_the_same_tokens(
     valkey: redis.Redis, valkey_url: str, tmp_path: Path
 ) -> None:
     """Killed in the middle of a batch, wherever it was, and its successor before it settles."""
-    config = {"model": str(make("llama", tmp_path / "llama").folder), "dtype": "float32", "kv_memory": "4MiB"}
+    config: dict[str, Any] = {
+        "model": str(make("llama", tmp_path / "llama").folder),
+        "dtype": "float32",
+        "kv_memory": "4MiB",
+    }
     times = {"lease_seconds": 30, "threads": 1}
     with proxied(valkey_url) as proxy, worker(proxy.url, tmp_path, engine="torch", **config, **times) as process:
         jobs = [put_wire(valkey, wire(n)) for n in range(JOBS)]
@@ -48,7 +52,7 @@ def test_the_successors_of_killed_torch_workers_draw_the_same_tokens(
         answers = [[choice["token_ids"] for choice in whole(job)["choices"]] for job in jobs]
 
     requests = [Request.from_wire(wire(n), kind=Kind.GENERATE) for n in range(JOBS)]
-    undisturbed = Engine.load(EngineConfig(**config, threads=1)).generate(requests)  # type: ignore[arg-type]
+    undisturbed = Engine.load(EngineConfig(**config, threads=1)).generate(requests)
     assert ends == {"finished"}
     assert rule.happened.is_set()
     assert max(attempts) == 3

@@ -74,7 +74,9 @@ def environment(url: str, **settings: object) -> dict[str, str]:
 
 
 @contextmanager
-def worker(url: str, folder: Path, *, python: object = sys.executable, **settings: object) -> Iterator[WorkerProcess]:
+def worker(
+    url: str, folder: Path, *, python: object = sys.executable, load_seconds: float = 90, **settings: object
+) -> Iterator[WorkerProcess]:
     """A worker that is registered, and killed with its engine process if the test leaves it running."""
     client = redis.Redis.from_url(url)
     name = f"w{time.monotonic_ns()}"
@@ -85,7 +87,9 @@ def worker(url: str, folder: Path, *, python: object = sys.executable, **setting
         parent = subprocess.Popen(command, env=environ, stdout=out, stderr=out, cwd=folder)
     process = WorkerProcess(name, parent, log, client)
     try:
-        eventually(lambda: client.keys(f"rq:worker:{name}-*"), "registration", log, seconds=90)  # torch loads slowly
+        registered = f"rq:worker:{name}-*"
+        eventually(lambda: parent.poll() is not None or client.keys(registered), "registration", log, load_seconds)
+        assert parent.poll() is None, log.read_text()[-4000:]
         yield process
     finally:
         children = process.children() if parent.poll() is None else []
