@@ -1,7 +1,8 @@
 """What the worker's loop costs beside the engine: its seconds outside ``step()`` over the engine's inside it.
 
     python -m benchmarks.publishing --dtype float32 bfloat16
-    python -m benchmarks.publishing --engine vllm --python .venv-vllm/bin/python --vllm-args enable_prefix_caching=false
+    python -m benchmarks.publishing --engine vllm --python .venv-vllm/bin/python \\
+        --vllm-args "enable_prefix_caching=false enforce_eager=true"
 
 The workload of ``benchmarks.workload`` runs through a real worker process (32 rows) and a Valkey of its own that syncs
 each write to the disk; what happens in a step is published by one pipeline after it. Prints the median of the runs.
@@ -48,7 +49,7 @@ def main() -> None:
     folder = resolve(arguments.model)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     items = make_workload(tokenizer(english())["input_ids"])
-    print("| dtype | loop outside step() over step(), median | runs | steps a run | ms a step: engine, loop |")
+    print("| dtype | loop outside step() over step(), median | of each run | steps a run | ms a step: engine, loop |")
     print("|---|---|---|---|---|", flush=True)
     for dtype in arguments.dtype:
         with serving() as url:
@@ -103,7 +104,7 @@ def row(dtype: str, runs: list[dict[str, float]]) -> str:
         statistics.median(each[name] / each["steps"] for each in runs) * 1000
         for name in ("step_seconds", "loop_seconds")
     )
-    cells = f"{min(ratios):.2%} … {max(ratios):.2%} | {steps:.0f} | {engine:.1f}, {loop:.2f}"
+    cells = f"{', '.join(f'{ratio:.2%}' for ratio in ratios)} | {steps:.0f} | {engine:.1f}, {loop:.2f}"
     return f"| {dtype} | {statistics.median(ratios):.2%} | {cells} |"
 
 

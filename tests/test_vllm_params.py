@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from core.answer import Answer, NoText
+from core.card import FIRST_PARAMS, MEMORYLESS_PARAMS, OPTIONAL_PARAMS
 from core.request import Request, SamplingParams
 from core.sequence import Sequence
 
@@ -20,9 +21,28 @@ pytestmark = [
 ]
 
 #: Passed on under their own names.
-PASSED: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "logprobs": 2}
+PASSED: dict[str, Any] = {
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "logprobs": 2,
+    "repetition_penalty": 1.3,
+    "logit_bias": {4: 2.5},
+}
 #: Ours: how long an answer is and where it ends, how many there are, and what their randomness comes from.
-OURS: dict[str, Any] = {"max_tokens": 9, "n": 3, "seed": 7, "stop": ("x",), "ignore_eos": False}
+OURS: dict[str, Any] = {
+    "max_tokens": 9,
+    "n": 3,
+    "seed": 7,
+    "stop": ("x",),
+    "ignore_eos": False,
+    "stop_token_ids": (8,),
+}
+#: Refused by the card, by name.
+LACKED = {
+    *("presence_penalty", "frequency_penalty", "min_tokens", "bad_words", "prompt_logprobs", "structured_outputs"),
+}
 
 
 def told(emitted: int = 0, **params: Any) -> Any:
@@ -46,8 +66,11 @@ def test_each_parameter_is_passed_under_its_name_or_is_ours() -> None:
     asked = {**PASSED, **OURS}
     params = told(**asked)
 
-    assert {field.name for field in dataclasses.fields(SamplingParams)} == set(asked), "a new one: map it or refuse it"
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert names == {*asked, *LACKED}, "a new one: map it or refuse it"
+    assert {*OPTIONAL_PARAMS} - {*FIRST_PARAMS, *MEMORYLESS_PARAMS} == LACKED
     assert {name: getattr(params, name) for name in PASSED} == PASSED
+    assert params.logit_bias == {4: 2.5}
     assert (params.max_tokens, params.n, params.stop, params.ignore_eos) == (9, 1, [], True)
 
 
