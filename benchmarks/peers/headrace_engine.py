@@ -41,13 +41,12 @@ class HeadraceEngine:
                     answers[event.job_id] = list(event.result.choices[0].token_ids)
         return [answers[str(number)] for number in range(len(items))]
 
-    def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        raise stdio.CannotScore("not asked yet")
+    def perplexity(self, prose: stdio.Prose) -> float:
+        raise stdio.CannotScore("the engine has no task that scores given tokens yet")
 
 
 def main() -> None:
     parser = stdio.parser(__doc__)
-    parser.add_argument("--running", type=int, required=True)
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -44,11 +44,12 @@ class OpenVino:
         self._drain()
         return [handle.read_all()[0].generated_ids for handle in handles]
 
-    def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        handles = [self._add(window, max_new_tokens=1, ignore_eos=True, echo=True, logprobs=1) for window in windows]
+    def perplexity(self, prose: stdio.Prose) -> float:
+        asked = {"max_new_tokens": 1, "ignore_eos": True, "echo": True, "logprobs": 1}
+        handles = [self._add(window, **asked) for window in prose.windows]
         self._drain()
         read = [handle.read_all()[0].generated_log_probs for handle in handles]
-        return [list(logprobs[1 : len(window)]) for window, logprobs in zip(windows, read, strict=True)]
+        return stdio.perplexity_of([row[1 : len(window)] for window, row in zip(prose.windows, read, strict=True)])
 
     def _add(self, token_ids: Sequence[int], **options: Any) -> Any:
         config = genai.GenerationConfig(do_sample=False, apply_chat_template=False, **options)
@@ -63,7 +64,6 @@ class OpenVino:
 
 def main() -> None:
     parser = stdio.parser(__doc__)
-    parser.add_argument("--running", type=int, required=True)
     parser.add_argument("--cache", default="default", help="KV_CACHE_PRECISION: bf16, f16, u8 …")
     given = parser.parse_args()
     stdio.serve(lambda: OpenVino(given.model, given.running, given.threads, given.cache), given.workload)

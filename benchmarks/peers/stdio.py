@@ -2,10 +2,9 @@
 
 A peer loads its model, says what it is, and then waits, so that the systems can take turns with all of them loaded:
 
-    {"versions": {…}, "settings": {…}}           once it is ready
-    run       →  {"seconds": …, "answers": [[…]]}    the workload once
-    warm      →  the same with the first few items
-    score     →  {"logprobs": [[…]]}                 of each given token after its window's first, or {"cannot": "why"}
+    {"versions": {…}, "settings": {…}}                   once it is ready
+    run N        →  {"seconds": …, "answers": [[…]]}     the first N items of the workload, once
+    perplexity   →  {"perplexity": …} or {"cannot": "why"}
     quit
 """
 
@@ -13,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-WARM_ITEMS = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -30,6 +28,14 @@ class Item:
 
     token_ids: list[int]
     answer_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prose:
+    """What perplexity is taken of: a text, and its first tokens cut into windows of equal length."""
+
+    text: str
+    windows: list[list[int]]
 
 
 class CannotScore(Exception):
@@ -45,20 +51,31 @@ class Peer(Protocol):
     def run(self, items: Sequence[Item]) -> list[list[int]]:
         """Greedy answers of exactly the asked lengths, in the order of the items."""
 
-    def score(self, windows: Sequence[Sequence[int]]) -> list[list[float]]:
-        """The log-probability of each token of each window but its first.
+    def perplexity(self, prose: Prose) -> float:
+        """Of the second half of each window, as ``perplexity_of`` has it.
 
         Raises:
-            CannotScore: it does not give them.
+            CannotScore: it does not tell log-probabilities of given tokens.
         """
+
+
+def perplexity_of(logprobs: Sequence[Sequence[float]]) -> float:
+    """Perplexity as llama.cpp's tool takes it: only tokens that have half a window before them count.
+
+    Args:
+        logprobs: for each window those of its tokens, the first left out.
+    """
+    counted = [value for window in logprobs for value in window[(len(window) + 1) // 2 :]]
+    return math.exp(-math.fsum(counted) / len(counted))
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every peer takes."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--workload", type=Path, required=True, help="JSON: running, items, windows")
+    made.add_argument("--workload", type=Path, required=True, help="JSON: items, text, windows")
     made.add_argument("--model", type=Path, required=True, help="folder or GGUF file")
     made.add_argument("--threads", type=int, required=True)
+    made.add_argument("--running", type=int, required=True, help="at most so many at once")
     return made
 
 
@@ -71,17 +88,15 @@ def serve(load: Callable[[], Peer], workload: Path) -> None:
     peer = load()
     print(json.dumps({"versions": dict(peer.versions), "settings": dict(peer.settings)}), file=out)
     for line in sys.stdin:
-        match line.strip():
-            case "run":
-                answer = _timed(peer, items)
-            case "warm":
-                answer = _timed(peer, items[:WARM_ITEMS])
-            case "score":
-                answer = _scored(peer, asked["windows"])
-            case "quit":
+        match line.split():
+            case ["run", count]:
+                answer = _timed(peer, items[: int(count)])
+            case ["perplexity"]:
+                answer = _perplexity(peer, Prose(asked["text"], asked["windows"]))
+            case ["quit"]:
                 break
             case other:
-                raise SystemExit(f"no such word: {other}")
+                raise SystemExit(f"no such words: {other}")
         print(json.dumps(answer), file=out)
 
 
@@ -95,8 +110,8 @@ def _timed(peer: Peer, items: Sequence[Item]) -> dict[str, Any]:
     return {"seconds": seconds, "answers": answers}
 
 
-def _scored(peer: Peer, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
+def _perplexity(peer: Peer, prose: Prose) -> dict[str, Any]:
     try:
-        return {"logprobs": peer.score(windows)}
+        return {"perplexity": peer.perplexity(prose)}
     except CannotScore as reason:
         return {"cannot": str(reason)}
