@@ -47,7 +47,7 @@ def main() -> None:
     facts = {
         "machine": f"{arguments.threads} threads on {describe_machine()}",
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"python -m benchmarks.peers {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m benchmarks.peers --systems {' '.join(arguments.systems)} --repeats {arguments.repeats}",
         "items": len(asked["items"]),
         "prompt_tokens": sum(len(item["token_ids"]) for item in asked["items"]),
         "answer_tokens": sum(item["answer_tokens"] for item in asked["items"]),
@@ -95,8 +95,8 @@ def _seat(
         system = SYSTEMS[name]
         needed = [interpreters[system.environment]]
         needed += [arguments.llama_binaries / "llama-server"] if system.module == "llama_server" else []
-        if missing := [str(path) for path in needed if not path.exists()]:
-            skipped[name] = f"{missing[0]} is not there (make bench-peers makes it)"
+        if missing := [path.name for path in needed if not path.exists()]:
+            skipped[name] = f"{missing[0]} is not there; `make bench-peers` makes it"
             continue
         print(f"loading {system.label}", file=sys.stderr, flush=True)
         log = place / f"{name}.log"

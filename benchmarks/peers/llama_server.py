@@ -29,7 +29,7 @@ class LlamaServer:
             self._port = probe.getsockname()[1]
         self._binaries, self._gguf, self._threads, self._cache = binaries, gguf, threads, cache
         options = ["-np", str(running), "-c", str(running * SLOT_TOKENS), *self._shared()]
-        server = binaries / "llama-server"
+        server = str(binaries / "llama-server")
         self._process = subprocess.Popen([server, "--port", str(self._port), *options], stdin=subprocess.DEVNULL)
         self._await()
         told = subprocess.run([server, "--version"], capture_output=True, text=True, check=True)
@@ -52,7 +52,7 @@ class LlamaServer:
         with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
             file.write(prose.text)
             file.flush()
-            command = [self._binaries / "llama-perplexity", "-f", file.name, "-c", str(length), *self._shared()]
+            command = [str(self._binaries / "llama-perplexity"), "-f", file.name, "-c", str(length), *self._shared()]
             told = subprocess.run(command, capture_output=True, text=True, check=True)
         said = told.stdout + told.stderr
         chunks = re.search(r"over (\d+) chunks", said)

@@ -26,7 +26,7 @@ def page(outcomes: Mapping[str, Outcome], skipped: Mapping[str, str], facts: Map
             f"{facts['items']} requests at once as token ids, {facts['prompt_tokens']:,} prompt and "
             f"{facts['answer_tokens']:,} answer tokens, greedy, end of sequence ignored, at most {facts['running']} "
             "running; SmolLM2-135M-Instruct, all from the same Q4_1 file (dequantised once where the weights say so). "
-            "All systems loaded in processes of their own, taking turns; answer tokens over wall time of the whole set.",
+            "All loaded in processes of their own, taking turns; answer tokens over wall time of the whole set.",
             "",
             *_table(outcomes),
             "",

@@ -34,9 +34,7 @@ INTERPRETERS: Mapping[str, Path] = {
 }
 
 SYSTEMS: Mapping[str, System] = {
-    "engine": System(
-        label="Headrace, bare engine", module="headrace_engine", environment="ours", weights="folder"
-    ),
+    "engine": System(label="Headrace, bare engine", module="headrace_engine", environment="ours", weights="folder"),
     "openvino": System(
         label="OpenVINO GenAI, continuous batching",
         module="openvino_genai",

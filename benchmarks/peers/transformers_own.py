@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--way", choices=["single", "static", "continuous"], required=True)
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()
-    ways = {
+    ways: dict[str, Callable[[], stdio.Peer]] = {
         "single": lambda: Static(given, 1),
         "static": lambda: Static(given, given.running),
         "continuous": lambda: Continuous(given),
