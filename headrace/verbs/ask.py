@@ -133,10 +133,10 @@ def _bodies(arguments: argparse.Namespace) -> list[Mapping[str, Any]]:
         return [body_of(_parsed("--messages", _text_or_file(arguments.messages)))]
     lines = [line for line in _text_or_file(arguments.file, always_file=True).splitlines() if line.strip()]
     jsonl = arguments.file.endswith((".jsonl", ".ndjson")) or all(line.lstrip().startswith("{") for line in lines)
-    return [_line_body(number, line) if jsonl else body_of(line) for number, line in enumerate(lines, 1)]
+    return [line_body(number, line) if jsonl else body_of(line) for number, line in enumerate(lines, 1)]
 
 
-def _line_body(number: int, line: str) -> Mapping[str, Any]:
+def line_body(number: int, line: str) -> Mapping[str, Any]:
     """A line of JSON: a whole job, or ``{"prompt": …}`` or ``{"messages": …}`` with parameters beside it."""
     table = _parsed(f"line {number}", line)
     if not isinstance(table, dict):

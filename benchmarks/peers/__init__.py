@@ -1,0 +1,1 @@
+"""Other engines on the same workload, each in an environment and a process of its own."""

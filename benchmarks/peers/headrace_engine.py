@@ -1,0 +1,57 @@
+"""Our own bare engine, ``core.engine.Engine``, run as the peers are: no queue, no HTTP."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.peers import stdio
+from core.engine import Engine, EngineConfig
+from core.request import FinishedEvent, Request, SamplingParams
+
+
+class HeadraceEngine:
+    """The engine as a worker loads it."""
+
+    def __init__(self, folder: Path, running: int, threads: int, dtype: str) -> None:
+        self._engine = Engine.load(EngineConfig(model=str(folder), dtype=dtype, threads=threads, max_running=running))
+        self.versions: Mapping[str, str] = {
+            name: importlib.metadata.version(name) for name in ("headrace", "torch", "transformers")
+        }
+        self.settings: Mapping[str, Any] = {
+            "weights": dtype,
+            "cache": dtype,
+            "options": f"max_running={running}, threads={threads}, the rest as it comes",
+        }
+
+    def run(self, items: Sequence[stdio.Item]) -> list[list[int]]:
+        engine, waiting = self._engine, list(enumerate(items))
+        answers: dict[str, list[int]] = {}
+        while len(answers) < len(items):
+            while waiting and engine.room:
+                number, item = waiting.pop(0)
+                params = SamplingParams(max_tokens=item.answer_tokens, ignore_eos=True)
+                engine.add(str(number), Request(token_ids=tuple(item.token_ids), params=params))
+            for event in engine.step():
+                if isinstance(event, FinishedEvent):
+                    answers[event.job_id] = list(event.result.choices[0].token_ids)
+        return [answers[str(number)] for number in range(len(items))]
+
+    def perplexity(self, prose: stdio.Prose) -> float:
+        raise stdio.CannotScore("the engine has no task that scores given tokens yet")
+
+
+def main() -> None:
+    parser = stdio.parser(__doc__)
+    parser.add_argument("--dtype", default="bfloat16")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    stdio.serve(lambda: HeadraceEngine(given.model, given.running, given.threads, given.dtype), given.workload)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Load on a server or on a bare engine, and what came of it."""
