@@ -19,6 +19,8 @@ COPY worker worker
 RUN pip install ".[api,worker]"
 
 FROM ${BASE}
+# The attention kernel is compiled where it runs, to fit that processor.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 headrace \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin headrace \
  && install -d -o 10001 -g 10001 -m 0700 /models /keys

@@ -97,6 +97,8 @@ def _of_workers(workers: Sequence[WorkerCard]) -> Iterable[Metric]:
         ("headrace_steps", "steps", "Engine steps of live workers"),
         ("headrace_tokens_generated", "generated_tokens", "Tokens drawn by live workers"),
         ("headrace_prompt_tokens", "prompt_tokens", "Prompt tokens read by live workers"),
+        ("headrace_cached_tokens", "cached_tokens", "Prompt tokens that live workers knew already"),
+        ("headrace_preemptions", "preemptions", "Sequences that gave their memory back, to be read again"),
     ):
         yield CounterMetricFamily(name, text, value=sum(float(worker.stats.get(key, 0)) for worker in workers))
     yield _decode_rows(workers)

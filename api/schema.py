@@ -22,6 +22,7 @@ from core.bounds import (
     MAX_MODEL_CHARACTERS,
     MAX_PROMPT_CHARACTERS,
     MAX_PROMPT_TOKENS,
+    MAX_SALT_CHARACTERS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
@@ -153,6 +154,7 @@ class JobFields(Body):
     """What every kind of job may say."""
 
     model: ModelName | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
     deadline_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = None
     resume: Annotated[Resume, Field(strict=False)] = Resume.RESTART
     refuse_if_late: bool = False
@@ -165,7 +167,7 @@ class JobFields(Body):
         Raises:
             RequestError: naming the field.
         """
-        wire = self.model_dump(include={"kind", "model", "input", "params"}, exclude_unset=True)
+        wire = self.model_dump(include={"kind", "model", "input", "params", "cache_salt"}, exclude_unset=True)
         return Request.from_wire(wire)
 
     def to_new_job(self, job_id: str, request: Request, *, result_ttl_seconds: int) -> NewJob:

@@ -1,7 +1,9 @@
 """Keys and values of all sequences, and attention over them: the one function of Transformers' models that is ours.
 
-The modelling code stays Transformers' own; it calls ``attend`` with the whole step as one flat row of tokens. Each span
-is computed alone over its own keys, so what a sequence says does not depend on who shares its step.
+The modelling code stays Transformers' own; it calls ``attend`` with the whole step as one flat row of tokens. Each row
+is computed over its own sequence's blocks alone, so what a sequence says does not depend on who shares its step. On a
+processor our own kernel does that (``core/kernels``); here is the same in torch's operators, for cards and for want of
+a compiler.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from core.batch import Batch, Span
+from core.blocks import BLOCK_TOKENS
 from core.errors import EngineError
+from core.kernels import paged
 
 NAME = "headrace"  #: under this name Transformers finds ``attend``
 
@@ -31,51 +35,69 @@ class UnknownArgument(EngineError):
 
 
 class KVCache:
-    """One pool of keys and values a layer, made when the layer first stores something.
+    """One pool of key blocks and one of value blocks a layer, made when the layer first stores something.
 
     The memory is reserved and not touched: the system commits it as sequences grow.
     """
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens  #: slots a layer
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  #: each [kv_heads, slots, head_size]
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        #: keys [blocks, kv_heads, head_size, BLOCK_TOKENS], values [blocks, kv_heads, BLOCK_TOKENS, head_size]
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def bytes_per_token(self) -> int:
         """Of all layers that have stored something."""
-        return sum(pool.element_size() * pool[:, 0].numel() for pools in self.layers.values() for pool in pools)
+        pools = [pool for pools in self.layers.values() for pool in pools]
+        return sum(pool.element_size() * pool[0].numel() for pool in pools) // BLOCK_TOKENS
 
-    def store(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the step's keys and values, and return the layer's pools.
+    def pools(self, layer: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's pools, for keys [kv_heads, tokens, head_size]."""
+        found = self.layers.get(layer)
+        if found is None:
+            kv_heads, _, head_size = keys.shape
+            shape = self.blocks, kv_heads, head_size, BLOCK_TOKENS
+            pool = torch.empty(shape, dtype=keys.dtype, device=keys.device)
+            found = self.layers[layer] = (pool, torch.empty_like(pool).view(*shape[:2], BLOCK_TOKENS, head_size))
+        return found
 
-        Args:
-            slots: int64 [tokens].
-            keys: [kv_heads, tokens, head_size]; values alike.
-        """
-        pools = self.layers.get(layer)
-        if pools is None:
-            pools = self.layers[layer] = (self._pool(keys), self._pool(values))
-        pools[0].index_copy_(1, slots, keys)
-        pools[1].index_copy_(1, slots, values)
-        return pools
-
-    def _pool(self, like: Tensor) -> Tensor:
-        return torch.empty(like.shape[0], self.tokens, like.shape[2], dtype=like.dtype, device=like.device)
+    def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """Copy whole blocks, one after the other."""
+        for source, target in copies:
+            for keys, values in self.layers.values():
+                keys[target] = keys[source]
+                values[target] = values[source]
 
 
 @dataclass(slots=True, eq=False)
 class Pass:
-    """One pass of the model: handed through Transformers' layers to ``attend`` as the argument ``headrace``."""
+    """One pass of the model: handed through Transformers' layers to ``attend`` as the argument ``headrace``.
+
+    What all layers share is made once.
+    """
 
     batch: Batch
     cache: KVCache
-    masks: dict[tuple[Span, int | None], Tensor] = field(default_factory=dict)  #: the same in every layer
+    spans: Tensor = field(init=False)  #: int32 [spans, 4]: first row, rows, context, table
+    _work: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[Span, int | None], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rows = [(span.first, span.rows, span.context, span.table) for span in self.batch.spans]
+        self.spans = torch.tensor(rows, dtype=torch.int32)
+
+    def work(self, heads: int, kv_heads: int) -> Tensor:
+        """How our kernel's threads share a layer of this shape."""
+        found = self._work.get((heads, kv_heads))
+        if found is None:
+            found = self._work[heads, kv_heads] = paged.pieces_of(self.spans, heads, kv_heads)
+        return found
 
     def mask(self, span: Span, window: int | None, like: Tensor) -> Tensor:
-        """What may not be seen, as -inf to be added: [rows, context], or [rows, window] for the last of it."""
-        found = self.masks.get((span, window))
+        """What may not be seen, as -inf to be added: [rows, context]."""
+        found = self._masks.get((span, window))
         if found is None:
-            found = self.masks[span, window] = _mask(span, window, like)
+            found = self._masks[span, window] = _mask(span, window, like)
         return found
 
 
@@ -102,27 +124,28 @@ def attend(
         UnknownArgument: there is more to this attention than we compute.
     """
     current: Pass = arguments["headrace"]
-    look = _read_look(module, attention_mask, arguments)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    keys, values = current.cache.store(_layer(module), current.batch.slots, key[0], value[0])
-    grouped = query[0].view(kv_heads, heads // kv_heads, -1, query.shape[3])  # query heads that share keys together
-    pieces = [
-        _attend_span(current, span, grouped[:, :, span.first : span.last], keys, values, look)
-        for span in current.batch.spans
-    ]
-    return torch.cat(pieces).view(1, -1, heads, values.shape[2]), None
+    look = _read_look(module, attention_mask, arguments, query)
+    pools = current.cache.pools(_layer(module), key[0])
+    tensors = (query[0], key[0], value[0], *pools)
+    if (function := paged.kernel(pools[0], query.shape[1])) is not None:
+        work = current.work(query.shape[1], key.shape[1])
+        layout = (current.batch.slots, current.spans, current.batch.tables, work)
+        return paged.call(function, tensors, layout, (look.scale, look.softcap or 0.0, look.window or 0)).unsqueeze(
+            0
+        ), None
+    return _attend_plainly(current, tensors, look).unsqueeze(0), None
 
 
 @dataclass(frozen=True, slots=True)
 class _Look:
     """How a layer looks back."""
 
-    scale: float | None
+    scale: float
     window: int | None
     softcap: float | None
 
 
-def _read_look(module: nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any]) -> _Look:
+def _read_look(module: nn.Module, attention_mask: Tensor | None, arguments: dict[str, Any], query: Tensor) -> _Look:
     given = {name for name, value in arguments.items() if value is not None and value is not False}
     unknown = given - _HARMLESS - {"headrace", "scaling", "sliding_window", "softcap", "dropout"}
     if attention_mask is not None:
@@ -131,32 +154,50 @@ def _read_look(module: nn.Module, attention_mask: Tensor | None, arguments: dict
         unknown.add("dropout")
     if unknown:
         raise UnknownArgument(min(unknown))
-    return _Look(arguments.get("scaling"), arguments.get("sliding_window"), arguments.get("softcap"))
+    scale = arguments.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _Look(scale, arguments.get("sliding_window"), arguments.get("softcap"))
 
 
 def _layer(module: nn.Module) -> int:
     return int(module.layer_idx)  # type: ignore[arg-type]
 
 
-def _attend_span(current: Pass, span: Span, query: Tensor, keys: Tensor, values: Tensor, look: _Look) -> Tensor:
+def _attend_plainly(current: Pass, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], look: _Look) -> Tensor:
+    """What the kernel does, in torch's operators; [tokens, heads, head_size]."""
+    query, key, value, keys, values = tensors
+    blocks, places = current.batch.slots // BLOCK_TOKENS, current.batch.slots % BLOCK_TOKENS
+    keys[blocks, :, :, places] = key[:, : len(blocks)].transpose(0, 1)
+    values[blocks, :, places] = value[:, : len(blocks)].transpose(0, 1)
+    grouped = query.unflatten(0, (key.shape[0], -1))  # query heads that share keys together
+    pieces = [
+        _attend_span(current, span, grouped[:, :, span.first : span.last], (keys, values), look)
+        for span in current.batch.spans
+    ]
+    padding = query.new_zeros(query.shape[1] - len(blocks), *pieces[0].shape[1:])
+    return torch.cat([*pieces, padding]).flatten(1, 2)
+
+
+def _attend_span(current: Pass, span: Span, query: Tensor, pools: tuple[Tensor, Tensor], look: _Look) -> Tensor:
     """One slice over its own keys.
 
     Args:
         query: [kv_heads, group, rows, head_size].
-        keys: [kv_heads, slots, head_size], the whole pool; values alike.
+        pools: of the layer.
 
     Returns:
         [rows, kv_heads, group, head_size].
     """
-    seen = span.context if look.window is None else min(span.context, span.rows - 1 + look.window)
-    end = span.start + span.context
-    keys, values = keys[:, end - seen : end], values[:, end - seen : end]
-    if span.rows == 1 and look.softcap is None:
+    kv_heads, group, rows, head_size = query.shape
+    table = current.batch.tables[span.table : span.table - (-span.context // BLOCK_TOKENS)]
+    keys = pools[0][table].permute(1, 0, 3, 2).reshape(kv_heads, -1, head_size)[:, : span.context]
+    values = pools[1][table].transpose(0, 1).reshape(kv_heads, -1, head_size)[:, : span.context]
+    mask = None if rows == 1 and look.window is None else current.mask(span, look.window, query)
+    if rows == 1 and look.softcap is None:
         query = query.squeeze(2).unsqueeze(0)  # the group's heads as rows of one head: keys are read once
-        return scaled_dot_product_attention(query, keys.unsqueeze(0), values.unsqueeze(0), scale=look.scale)
-    mask = None if span.rows == 1 else current.mask(span, look.window, query)
-    group = (query.shape[0], query.shape[1], seen, -1)
-    keys, values = keys.unsqueeze(1).expand(group), values.unsqueeze(1).expand(group)
+        return scaled_dot_product_attention(query, keys[None], values[None], attn_mask=mask, scale=look.scale)
+    shape = (kv_heads, group, span.context, head_size)
+    keys, values = keys.unsqueeze(1).expand(shape), values.unsqueeze(1).expand(shape)
     if look.softcap is not None:
         return _softcapped(query, keys, values, mask, look).permute(2, 0, 1, 3)
     return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=look.scale).permute(2, 0, 1, 3)
@@ -164,8 +205,7 @@ def _attend_span(current: Pass, span: Span, query: Tensor, keys: Tensor, values:
 
 def _softcapped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, look: _Look) -> Tensor:
     assert look.softcap is not None
-    scale = query.shape[-1] ** -0.5 if look.scale is None else look.scale
-    scores = torch.matmul(query, keys.transpose(2, 3)) * scale
+    scores = torch.matmul(query, keys.transpose(2, 3)) * look.scale
     scores = torch.tanh(scores / look.softcap) * look.softcap
     if mask is not None:
         scores = scores + mask
@@ -173,9 +213,8 @@ def _softcapped(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
 
 
 def _mask(span: Span, window: int | None, like: Tensor) -> Tensor:
-    seen = span.context if window is None else min(span.context, span.rows - 1 + window)
     rows = torch.arange(span.context - span.rows, span.context, device=like.device).unsqueeze(1)
-    columns = torch.arange(span.context - seen, span.context, device=like.device).unsqueeze(0)
+    columns = torch.arange(span.context, device=like.device).unsqueeze(0)
     hidden = columns > rows
     if window is not None:
         hidden |= columns <= rows - window

@@ -1,58 +1,113 @@
-"""Hands out cache slots in runs of whole blocks. Lists and integers only: runs on any laptop.
+"""Hands out cache blocks, counts who refers to each, and remembers what full ones hold. Lists and integers only.
 
-A run is contiguous, so that a sequence's keys are one view of the pool and attention never gathers them. The price is
-that a run is as long as its sequence may become, from the first day; what that saves is pre-emption and block tables.
+Blocks after vLLM's PagedAttention (arXiv:2309.06180): a sequence has as many as it has tokens, anywhere in the pool.
+A full block is known by a hash of its tokens and of all before them, so whoever begins alike reads none of it again.
 """
 
 from __future__ import annotations
 
-import bisect
-from dataclasses import dataclass
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as Many
 
 BLOCK_TOKENS = 16  #: slots of one block
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Neighbouring cache slots that belong to one sequence."""
+def blocks_of(tokens: int) -> int:
+    """How many blocks so many tokens need."""
+    return -(-tokens // BLOCK_TOKENS)
 
-    start: int  #: the first slot
-    tokens: int  #: how many; a multiple of BLOCK_TOKENS
+
+def root_digest(salt: str | None) -> bytes:
+    """What the first block of a text is hashed with: two salts share nothing."""
+    return hashlib.blake2b((salt or "").encode(), digest_size=16).digest()
+
+
+def next_digest(before: bytes, tokens: Many[int]) -> bytes:
+    """Of a full block, whose text so far has the digest ``before``."""
+    return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class BlockPool:
-    """All cache slots of one engine.
+    """All cache blocks of one engine.
 
-    Invariant: ``_free`` is sorted by start, its runs do not touch, and they and the runs handed out are the whole pool.
+    Invariant: each block is referred to by at least one sequence, or idle (nobody refers to it, but its content is
+    known), or empty. Idle ones are given away when no empty one is left, least recently used first.
     """
 
     def __init__(self, tokens: int) -> None:
-        self.tokens = tokens // BLOCK_TOKENS * BLOCK_TOKENS  #: slots altogether
-        self._free = [Run(0, self.tokens)] if self.tokens else []
+        self.blocks = tokens // BLOCK_TOKENS
+        self._empty = list(range(self.blocks - 1, -1, -1))
+        self._idle: OrderedDict[int, None] = OrderedDict()  #: oldest first
+        self._references = [0] * self.blocks
+        self._known: dict[bytes, int] = {}  #: digest -> block
+        self._digests: dict[int, bytes] = {}  #: block -> digest
 
     @property
-    def free_tokens(self) -> int:
-        """Slots that no sequence has."""
-        return sum(run.tokens for run in self._free)
+    def tokens(self) -> int:
+        """Slots altogether."""
+        return self.blocks * BLOCK_TOKENS
 
-    def allocate(self, tokens: int) -> Run | None:
-        """Take the first free run that holds ``tokens`` slots; None while there is none."""
-        wanted = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
-        for number, run in enumerate(self._free):
-            if run.tokens < wanted:
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody refers to."""
+        return len(self._empty) + len(self._idle)
+
+    def take(self, count: int) -> list[int]:
+        """Give away blocks that nobody refers to; the caller has asked ``free_blocks``."""
+        return [self._take() for _ in range(count)]
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more refers to each of these."""
+        for block in blocks:
+            self._references[block] += 1
+            self._idle.pop(block, None)
+
+    def give(self, blocks: Iterable[int]) -> None:
+        """One fewer refers to each of these. A text's last blocks come first: useless without those before."""
+        for block in blocks:
+            self._references[block] -= 1
+            if self._references[block]:
                 continue
-            rest = Run(run.start + wanted, run.tokens - wanted)
-            self._free[number : number + 1] = [rest] if rest.tokens else []
-            return Run(run.start, wanted)
-        return None
+            if block in self._digests:
+                self._idle[block] = None
+            else:
+                self._empty.append(block)
 
-    def free(self, run: Run) -> None:
-        """Give a run back, and join it with free neighbours."""
-        number = bisect.bisect(self._free, run.start, key=lambda free: free.start)
-        first, last = number, number
-        start, end = run.start, run.start + run.tokens
-        if number and self._free[number - 1].start + self._free[number - 1].tokens == start:
-            first, start = number - 1, self._free[number - 1].start
-        if number < len(self._free) and self._free[number].start == end:
-            last, end = number + 1, end + self._free[number].tokens
-        self._free[first:last] = [Run(start, end - start)]
+    def is_shared(self, block: int) -> bool:
+        """More than one refers to it: nobody may write there."""
+        return self._references[block] > 1
+
+    def remember(self, block: int, digest: bytes) -> None:
+        """A block is full; where another one holds the same, that one stays the one that is found."""
+        if digest not in self._known and block not in self._digests:
+            self._known[digest] = block
+            self._digests[block] = digest
+
+    def find(self, digests: Iterable[bytes]) -> list[int]:
+        """The longest run of known blocks that a text begins with; nobody refers to them by that."""
+        found = []
+        for digest in digests:
+            block = self._known.get(digest)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def forget(self) -> None:
+        """Know nothing any more: what nobody refers to is empty."""
+        self._known.clear()
+        self._digests.clear()
+        self._empty += self._idle
+        self._idle.clear()
+
+    def _take(self) -> int:
+        if self._empty:
+            block = self._empty.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            del self._known[self._digests.pop(block)]
+        self._references[block] = 1
+        return block

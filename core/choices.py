@@ -16,6 +16,7 @@ class Growing(Protocol):
 
     predicted: list[int]  #: PREDICT: the likeliest next id of each computed position
     scored: list[TokenLogprob] | None  #: of the prompt's tokens from the second on; None: not wanted
+    cached: int | None  #: prompt tokens whose keys were known; None: nobody looked
 
     @property
     def ended(self) -> bool:
@@ -65,6 +66,6 @@ class Choices(Generic[S]):
             return Result(usage=Usage(prompt_tokens=self.prompt_tokens), token_ids=tuple(sequence.predicted))
         choices = tuple(sequence.choice() for sequence in self.sequences)
         drawn = sum(len(choice.token_ids) for choice in choices)
-        usage = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=drawn)
-        scored = self.sequences[0].scored
+        cached, scored = self.sequences[0].cached or 0, self.sequences[0].scored
+        usage = Usage(prompt_tokens=self.prompt_tokens, completion_tokens=drawn, cached_tokens=cached)
         return Result(usage=usage, choices=choices, prompt_logprobs=None if scored is None else (None, *scored))

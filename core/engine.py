@@ -20,7 +20,6 @@ from core.grammar import Constraint, Grammars
 from core.memory import available_bytes, free_unused, is_out_of_memory, parse_size, usual_tokens
 from core.models.load import LoadedModel, load_model
 from core.models.source import resolve
-from core.protocol import EngineStats
 from core.reader import Reader
 from core.request import (
     Emitted,
@@ -57,6 +56,7 @@ class EngineConfig:
     max_model_len: int = 0  #: prompt and answer together, in tokens; 0: as much as the model takes
     max_running: int = 32  #: sequences computed at once
     step_tokens: int = 256  #: the most tokens that pass through the model in one step
+    prefix_cache: bool = True  #: full blocks stay known, for texts that begin alike
     threads: int = 0  #: of torch; 0: as torch has it
     hf_token: str = ""
 
@@ -76,11 +76,11 @@ class Engine:
     def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
         pool = BlockPool(_slots(loaded, config))
         self._loaded = loaded
-        self._scheduler = Scheduler(pool, max_running=config.max_running)
+        self._scheduler = Scheduler(pool, max_running=config.max_running, prefix_cache=config.prefix_cache)
         self._budget = StepBudget(config.step_tokens)
-        self._runner = DecoderRunner(loaded.model, KVCache(pool.tokens))
+        self._runner = DecoderRunner(loaded.model, KVCache(pool.blocks))
         self._jobs: dict[str, Choices[Sequence]] = {}  # the scheduler has those of their sequences that go on
-        self.stats = EngineStats()
+        self.stats = self._scheduler.stats
         self._grammars = Grammars(loaded.tokenizer, loaded.vocab_size, loaded.end_ids)
         self.card = _card(loaded, config, pool.tokens)
         if not self._grammars.supported:
@@ -210,7 +210,7 @@ class Engine:
         That leaves nothing behind but keys and values in slots of these very tokens, which the next try writes again.
         """
         try:
-            batch = build_batch(step, self._loaded.device)
+            batch = build_batch(step, self._loaded.device, pad=self._loaded.dtype is torch.float32)
             return batch, draw(self._runner.forward(batch), draws_of(step, batch))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -234,9 +234,9 @@ class Engine:
             if tokens and sequence.rules is not None and sequence.rules.refusal is not None:
                 events.append(self._fail(sequence.job_id, sequence.rules.refusal))
                 continue
-            sequence.computed = piece.end
+            self._scheduler.advance(piece)
             if sequence.predicts:
-                sequence.accept_predicted([token.token_id for token in tokens])
+                sequence.accept_predicted(piece.begin, [token.token_id for token in tokens])
             elif tokens:
                 sequence.score_prompt(piece.begin, [token.logprob for token in tokens])
                 if piece.completes and sequence.answer.finish_reason is None:

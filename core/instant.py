@@ -71,6 +71,7 @@ class InstantSequence:
     tokens: list[int] = field(default_factory=list)
     predicted: list[int] = field(default_factory=list)
     scored: list[TokenLogprob] | None = None
+    cached: int | None = None
     text: str = ""
     sent: int = 0  #: leading characters of ``text`` that are published
     logprobs: list[TokenLogprob] = field(default_factory=list)

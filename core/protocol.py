@@ -19,6 +19,8 @@ class EngineStats:
     steps: int = 0
     prompt_tokens: int = 0  #: passed through the model as part of a prompt
     generated_tokens: int = 0
+    cached_tokens: int = 0  #: of prompts, that did not pass through it because their keys were known
+    preemptions: int = 0  #: sequences that gave their blocks back, to read their tokens again later
     step_seconds: float = 0.0  #: spent inside ``step()``
     decode_rows: dict[int, int] = field(default_factory=dict)  #: sequences that drew a token in a step -> steps
 

@@ -38,6 +38,8 @@ class Reader:
         bad_words = self._read_bad_words(request.params)
         count = 1 if request.kind is Kind.PREDICT else request.params.n
         sequences = tuple(self._begin(job_id, request, tokens, index, bad_words) for index in range(count))
+        for sequence in sequences[1:]:
+            sequence.leader = sequences[0]
         if request.kind is not Kind.PREDICT:
             for sequence, published in zip(sequences, emitted, strict=False):
                 sequence.resume(published)

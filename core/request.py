@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from core import bounds
-from core.bounds import MAX_MODEL_CHARACTERS, ROLES, Wire, refuse_unknown, table
+from core.bounds import MAX_MODEL_CHARACTERS, MAX_SALT_CHARACTERS, ROLES, Wire, refuse_unknown, table
 from core.errors import InvalidField, UnsupportedRequest
 from core.params import SamplingParams as SamplingParams
 
@@ -48,6 +48,7 @@ class Request:
     messages: tuple[Message, ...] | None = None  #: a chat, put through the model's own template
     token_ids: tuple[int, ...] | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
+    cache_salt: str | None = None  #: only requests with the same one share cached prompts
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompt", "messages", "token_ids") if getattr(self, name) is not None]
@@ -61,16 +62,19 @@ class Request:
             bounds.check_token_ids(f"input.{self._token_ids_name}", self.token_ids or ())
         if self.model is not None and not (isinstance(self.model, str) and 0 < len(self.model) <= MAX_MODEL_CHARACTERS):
             raise InvalidField("model", f"must be a string of 1 to {MAX_MODEL_CHARACTERS} characters")
+        salt = self.cache_salt
+        if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_CHARACTERS):
+            raise InvalidField("cache_salt", f"must be a string of 1 to {MAX_SALT_CHARACTERS} characters")
 
     @classmethod
     def from_wire(cls, wire: object, *, kind: Kind | None = None) -> Request:
-        """Read ``{"kind", "model", "input", "params"}``; ``kind`` is required unless the caller gives it.
+        """Read ``{"kind", "model", "input", "params", "cache_salt"}``; ``kind`` is required unless the caller gives it.
 
         Raises:
             RequestError: naming the field (``kind``, ``model``, ``input.prompt``, ``params.top_p`` …) and its bound.
         """
         fields = table("", wire)
-        refuse_unknown(fields, ("kind", "model", "input", "params"))
+        refuse_unknown(fields, ("kind", "model", "input", "params", "cache_salt"))
         actual = _kind(fields.get("kind", kind))
         if kind is not None and actual is not kind:
             raise InvalidField("kind", f"must be {kind.value!r} here, not {actual.value!r}")
@@ -85,6 +89,7 @@ class Request:
         return cls(
             kind=actual,
             model=fields.get("model"),
+            cache_salt=fields.get("cache_salt"),
             params=SamplingParams.from_wire({} if fields.get("params") is None else fields["params"]),
             **_read_input(asked),
         )
@@ -94,6 +99,8 @@ class Request:
         wire: Wire = {"kind": self.kind.value, "input": self._input_to_wire()}
         if self.model is not None:
             wire["model"] = self.model
+        if self.cache_salt is not None:
+            wire["cache_salt"] = self.cache_salt
         if params := self.params.to_wire():
             wire["params"] = params
         return wire

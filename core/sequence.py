@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core.answer import Answer
-from core.blocks import Run
+from core.blocks import BLOCK_TOKENS, next_digest, root_digest
 from core.request import Choice, Emitted, FinishReason, Kind, Request, TokenLogprob
 
 if TYPE_CHECKING:
@@ -33,14 +33,31 @@ class Sequence:
     rules: Rules | None = None  #: what its parameters do to its logits; None: nothing
     logprobs: list[TokenLogprob] = field(default_factory=list)  #: of the drawn tokens, where the request wants them
     predicted: list[int] = field(default_factory=list)  #: PREDICT: the likeliest next id of each computed position
+    leader: Sequence | None = None  #: another choice of the job, whose prompt it shares
     scored: list[TokenLogprob] | None = None  #: of the prompt's tokens from the second on; None: not wanted
     computed: int = 0  #: leading tokens whose keys and values are in the cache
-    run: Run | None = None  #: its cache slots, once admitted
+    cached: int | None = None  #: of them, how many were there when it was first admitted
+    blocks: list[int] = field(default_factory=list)  #: of the cache, in the order of its tokens
+    running: bool = False  #: admitted: it may have blocks
+    _digests: list[bytes] = field(default_factory=list)
 
     @property
     def pending(self) -> int:
         """Tokens the model has not seen yet."""
         return len(self.tokens) - self.computed
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens that need not pass through the model where their keys are known: what follows needs one."""
+        return 0 if self.predicts or self.wants_prompt_logits else len(self.tokens) - 1
+
+    def digests(self, blocks: int) -> list[bytes]:
+        """Of its first full blocks; see ``core.blocks``."""
+        for number in range(len(self._digests), blocks):
+            before = self._digests[-1] if number else root_digest(self.request.cache_salt)
+            first = number * BLOCK_TOKENS
+            self._digests.append(next_digest(before, self.tokens[first : first + BLOCK_TOKENS]))
+        return self._digests[:blocks]
 
     @property
     def drawn(self) -> list[int]:
@@ -75,9 +92,9 @@ class Sequence:
             if self.answer.finish_reason is None:
                 self.accept(token_id, emitted.logprobs[number] if emitted.logprobs else None)
 
-    def accept_predicted(self, token_ids: Many[int]) -> None:
-        """Note the likeliest ids of the positions just computed."""
-        self.predicted += token_ids
+    def accept_predicted(self, begin: int, token_ids: Many[int]) -> None:
+        """Note the likeliest ids of the positions just computed, perhaps anew."""
+        self.predicted[begin:] = token_ids
         if len(self.predicted) == self.prompt_tokens:
             self.answer.finish_reason = "stop"
 

@@ -209,7 +209,8 @@ def test_a_job_whose_choices_never_fit_at_once_finishes_alike(loaded: LoadedMode
     events = drain(engine)
 
     assert same(result_of(events), roomy)
-    assert max(engine.stats.decode_rows) <= config.get("max_running", 6) < 20
+    assert max(engine.stats.decode_rows) <= config.get("max_running", 19)
+    assert engine.stats.preemptions == 0 or "kv_memory" in config
     assert result_of(events, "late")
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from core.batch import Batch
-from core.blocks import Run
 from core.budget import CALM_STEPS, StepBudget
 from core.engine import Engine, EngineConfig
 from core.errors import OutOfMemory
@@ -47,7 +46,7 @@ class Cramped:
 
     def forward(self, batch: Batch) -> Tensor:
         assert self._held is None or self._held() is None, "what the failed pass had allocated is still held"
-        tokens = batch.input_ids.shape[1]
+        tokens = len(batch.slots)
         logits = self._runner.forward(batch)
         if not self._fits(batch):
             self.failures.append(tokens)
@@ -74,7 +73,7 @@ def cramp(engine: Engine, fits: Callable[[Batch], bool], error: Callable[[], Exc
 
 
 def at_most(tokens: int) -> Callable[[Batch], bool]:
-    return lambda batch: batch.input_ids.shape[1] <= tokens
+    return lambda batch: len(batch.slots) <= tokens
 
 
 def without_the_hog(engine: Engine) -> Callable[[Batch], bool]:
@@ -82,8 +81,8 @@ def without_the_hog(engine: Engine) -> Callable[[Batch], bool]:
 
     def fits(batch: Batch) -> bool:
         job = engine._jobs.get("hog")
-        runs = [sequence.run for sequence in job.sequences] if job else []
-        return {span.start for span in batch.spans}.isdisjoint(run.start for run in runs if run)
+        blocks = {block for sequence in job.sequences for block in sequence.blocks} if job else set()
+        return blocks.isdisjoint(batch.tables.tolist())
 
     return fits
 
@@ -146,7 +145,7 @@ def test_the_wall_is_not_hit_in_each_step_and_is_forgotten_in_time(loaded: Loade
     jobs = {str(n): Request(token_ids=(n,), params=SamplingParams(max_tokens=120, ignore_eos=True)) for n in range(8)}
     limit = 3
     engine = engine_of(loaded)
-    runner = cramp(engine, lambda batch: batch.input_ids.shape[1] <= limit)
+    runner = cramp(engine, lambda batch: len(batch.slots) <= limit)
     for job_id, request in jobs.items():
         engine.add(job_id, request)
     for _ in range(4 * CALM_STEPS):
@@ -282,7 +281,7 @@ def test_halves_are_the_same_tokens_in_the_same_order(seed: int) -> None:
     slices = []
     for number in range(chance.randint(1, 5)):
         sequence = sequence_of(str(number), 30, 5)
-        sequence.run = Run(0, 48)
+        sequence.running = True
         begin = chance.randint(0, 20)
         slices.append(Slice(sequence, begin, begin + chance.randint(1, 10)))
     step = Step(tuple(slices))
@@ -295,5 +294,5 @@ def test_halves_are_the_same_tokens_in_the_same_order(seed: int) -> None:
 
     assert tokens(first) + tokens(second) == tokens(step)
     assert 0 <= second.tokens - first.tokens <= 1
-    slices[0].sequence.run = None
+    slices[0].sequence.running = False
     assert slices[0].sequence.job_id not in dict(tokens(step.still_running()))

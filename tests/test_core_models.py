@@ -20,6 +20,7 @@ from torch import Tensor
 from core import attention
 from core.engine import Engine, EngineConfig
 from core.errors import ModelNotFound, ModelRefused, UnsupportedRequest
+from core.kernels import paged
 from core.memory import parse_size
 from core.models import check, source
 from core.models.check import check_attention
@@ -99,15 +100,15 @@ def test_a_model_whose_layers_never_call_our_attention_is_refused(tmp_path: Path
 
 def wrong_mask(span: Any, window: int | None, like: Tensor) -> Tensor:
     """Everybody sees everything."""
-    seen = span.context if window is None else min(span.context, span.rows - 1 + window)
-    return torch.zeros(span.rows, seen, dtype=like.dtype)
+    return torch.zeros(span.rows, span.context, dtype=like.dtype)
 
 
 def without_window(right: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda module, mask, arguments: right(module, mask, {**arguments, "sliding_window": None})
+    return lambda module, mask, arguments, query: right(module, mask, {**arguments, "sliding_window": None}, query)
 
 
 def test_attention_that_looks_ahead_is_refused(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged, "kernel", lambda *_: None)
     monkeypatch.setattr(attention, "_mask", wrong_mask)
 
     assert "logits differ" in refusal(tiny.folder)
@@ -141,8 +142,7 @@ def test_the_check_counts_the_bytes_of_a_token(family: str, tmp_path: Path) -> N
 
     cache = check_attention(tiny.model, family, 128)
 
-    heads = 4 if family == "gpt2" else 2
-    assert cache.bytes_per_token == 3 * 2 * heads * 8 * 4
+    assert cache.bytes_per_token == 3 * 2 * 2 * 16 * 4
 
 
 def test_a_missing_weight_is_never_replaced_by_random_numbers(copy: Path) -> None:
@@ -233,7 +233,7 @@ def test_bfloat16_is_what_transformers_loads_as_bfloat16(tiny: TinyModel) -> Non
 
 def test_more_memory_for_keys_takes_longer_texts(tiny: TinyModel) -> None:
     config = EngineConfig(model=str(tiny.folder), dtype="float32", kv_memory="30kB")
-    assert Engine.load(config).card.max_model_len == 30_000 // 384 // 16 * 16
+    assert Engine.load(config).card.max_model_len == 30_000 // 768 // 16 * 16
 
     with pytest.raises(ModelRefused, match="kv_memory"):
         Engine.load(EngineConfig(model=str(tiny.folder), dtype="float32", kv_memory="1kB"))

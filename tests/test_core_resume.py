@@ -155,8 +155,8 @@ def test_a_job_that_finds_no_memory_waits_and_then_runs(tiny: TinyModel) -> None
     for number in range(5):
         small.add(str(number), Request(token_ids=(5, number), params=params))
         engine.add(str(number), Request(token_ids=(5, number), params=params))
-    assert small.room == 0
     expected, events = drain(engine), drain(small)
+    assert small.stats.preemptions > 0
 
     for number in range(5):
         assert same(choice_of(events, str(number)), choice_of(expected, str(number)))

@@ -156,7 +156,7 @@ def test_workers_that_are_replaced_one_by_one_under_load_lose_nothing_and_count_
     drain = 0.3 if signals == 1 else 30
     with ExitStack() as stack:
         workers = [stack.enter_context(worker(valkey_url, tmp_path, **TIMES, drain_seconds=drain)) for _ in range(2)]
-        asked = ask(valkey, 80, least=60, most=140)
+        asked = ask(valkey, 200, least=60, most=140)  # more than is done before the last is replaced
         for old in workers[:2]:
             eventually(old.held, "jobs", old.log)
             workers.append(stack.enter_context(worker(valkey_url, tmp_path, **TIMES)))

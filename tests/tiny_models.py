@@ -22,7 +22,7 @@ _COMMON: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
     "max_position_embeddings": 128,
     "initializer_range": 0.4,  # large, so that the likeliest token is likely by far
     "bos_token_id": 1,
@@ -34,14 +34,14 @@ _GPT2: dict[str, Any] = {
     "vocab_size": VOCAB,
     "n_embd": 32,
     "n_layer": 3,
-    "n_head": 4,
+    "n_head": 2,
     "n_positions": 128,
     "initializer_range": 0.4,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
 
-_GEMMA: dict[str, Any] = {**_COMMON, "sliding_window": 10, "query_pre_attn_scalar": 8}
+_GEMMA: dict[str, Any] = {**_COMMON, "sliding_window": 10, "query_pre_attn_scalar": 16}
 
 _LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 

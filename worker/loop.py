@@ -232,6 +232,8 @@ class Worker:
             "steps": stats.steps,
             "generated_tokens": stats.generated_tokens,
             "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "preemptions": stats.preemptions,
             "step_seconds": round(stats.step_seconds, 3),
             "loop_seconds": round(self._clock() - self._started - self._apart, 3),
             "decode_rows": stats.decode_rows,

@@ -13,7 +13,7 @@ from torch import Tensor
 from core.answer import Answer, NoText
 from core.attention import NAME, KVCache, Pass
 from core.batch import build_batch
-from core.blocks import Run
+from core.blocks import blocks_of
 from core.errors import EngineError, ModelRefused
 from core.request import Request
 from core.scheduler import Slice, Step
@@ -50,7 +50,7 @@ def check_attention(model: Any, name: str, max_model_len: int) -> KVCache:
     for _ in range(_TRIES):
         model.set_attn_implementation("eager" if long <= 1024 or _softcapped(model.config) else "sdpa")
         expected = [_own_logits(model, text) for text in texts]
-        cache = KVCache(sum(map(len, texts)))
+        cache = KVCache(sum(blocks_of(len(text)) for text in texts))
         try:
             model.set_attn_implementation(NAME)
             difference = _compare(model, texts, expected, cache)
@@ -91,10 +91,8 @@ def _own_logits(model: Any, text: list[int]) -> Tensor:
 
 def _compare(model: Any, texts: list[list[int]], expected: list[Tensor], cache: KVCache) -> float:
     """The largest difference, while the texts pass through together."""
-    sequences, start = [], 0
-    for text in texts:
-        sequences.append(_sequence(text, Run(start, len(text))))
-        start += len(text)
+    blocks = iter(reversed(range(cache.blocks)))  # in no order that is their texts'
+    sequences = [_sequence(text, [next(blocks) for _ in range(blocks_of(len(text)))]) for text in texts]
     rounds = list(zip(*(_cuts(len(text)) for text in texts), strict=True))
     ours: list[list[Tensor]] = [[] for _ in texts]
     for cuts in rounds:
@@ -120,9 +118,9 @@ def _cuts(tokens: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-def _sequence(text: list[int], run: Run) -> Sequence:
+def _sequence(text: list[int], blocks: list[int]) -> Sequence:
     request = Request(token_ids=tuple(text))
-    return Sequence("check", request, text, len(text), len(text) + 1, 0, Answer(NoText()), run=run)
+    return Sequence("check", request, text, len(text), len(text) + 1, 0, Answer(NoText()), blocks=blocks)
 
 
 def _softcapped(config: Any) -> bool:

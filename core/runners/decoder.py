@@ -26,7 +26,8 @@ class DecoderRunner:
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
-        """Pass a step through the model; float32 [rows, vocab], the logits of ``batch.keep``."""
+        """Pass a step through the model; float32 [rows, vocab], the logits that are wanted."""
+        self._cache.copy(batch.copies)
         output = self._model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -34,5 +35,5 @@ class DecoderRunner:
             logits_to_keep=batch.keep,
             headrace=Pass(batch, self._cache),
         )
-        logits: Tensor = output.logits[0]
+        logits: Tensor = output.logits[0, : sum(batch.row_counts)]
         return logits.float()

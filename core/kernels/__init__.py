@@ -1,0 +1,1 @@
+"""Code of our own for processors, compiled where it runs; see ``core.kernels.build``."""
