@@ -20,6 +20,7 @@ import httpx2
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.padded import generate_padded
 from benchmarks.workload import RUNNING, Item
 from core.engine import Engine, EngineConfig
 from core.request import FinishedEvent, Request, SamplingParams
@@ -68,21 +69,8 @@ class PlainTransformers:
         items = items[: self._limit]
         start = time.perf_counter()
         for first in range(0, len(items), self._rows):
-            self._generate(items[first : first + self._rows])
+            generate_padded(self._model, items[first : first + self._rows])
         return Run(seconds=time.perf_counter() - start, tokens=sum(item.answer_tokens for item in items))
-
-    def _generate(self, items: Sequence[Item]) -> None:
-        longest = max(len(item.token_ids) for item in items)
-        ids = torch.zeros(len(items), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, item in enumerate(items):
-            ids[row, longest - len(item.token_ids) :] = torch.tensor(item.token_ids)
-            mask[row, longest - len(item.token_ids) :] = 1
-        tokens = max(item.answer_tokens for item in items)
-        with torch.inference_mode():
-            self._model.generate(
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
-            )
 
 
 class WholeSystem:

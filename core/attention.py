@@ -130,10 +130,10 @@ def attend(
     if (function := paged.kernel(pools[0], query.shape[1])) is not None:
         work = current.work(query.shape[1], key.shape[1])
         layout = (current.batch.slots, current.spans, current.batch.tables, work)
-        return paged.call(function, tensors, layout, (look.scale, look.softcap or 0.0, look.window or 0)).unsqueeze(
-            0
-        ), None
-    return _attend_plainly(current, tensors, look).unsqueeze(0), None
+        out = paged.call(function, tensors, layout, (look.scale, look.softcap or 0.0, look.window or 0))
+    else:
+        out = _attend_plainly(current, tensors, look)
+    return out.unsqueeze(0), None
 
 
 @dataclass(frozen=True, slots=True)

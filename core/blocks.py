@@ -96,13 +96,6 @@ class BlockPool:
             found.append(block)
         return found
 
-    def forget(self) -> None:
-        """Know nothing any more: what nobody refers to is empty."""
-        self._known.clear()
-        self._digests.clear()
-        self._empty += self._idle
-        self._idle.clear()
-
     def _take(self) -> int:
         if self._empty:
             block = self._empty.pop()

@@ -137,7 +137,7 @@ class VllmEngine:
         self.drop(job_id)
         try:
             for sequence in job.going_on:
-                self._engine.add_request(_name(sequence), tokens_input(list(sequence.tokens)), _params(sequence))
+                self._engine.add_request(_name(sequence), _prompt(sequence), _params(sequence))
                 self._requests[_name(sequence)] = sequence
         except (ValueError, VLLMClientError) as error:
             self._abort(job.sequences)
@@ -218,6 +218,11 @@ class VllmEngine:
 
 def _name(sequence: Sequence) -> str:
     return f"{sequence.job_id}/{sequence.index}"
+
+
+def _prompt(sequence: Sequence) -> Any:
+    """What vLLM reads: the prompt and what was published, and who may share its cache."""
+    return tokens_input(list(sequence.tokens), cache_salt=sequence.request.cache_salt)
 
 
 def _params(sequence: Sequence) -> SamplingParams:

@@ -222,8 +222,6 @@ def test_a_block_has_one_writer_and_is_given_away_only_when_nobody_refers_to_it(
             found = pool.find([bytes([draw.randrange(30)])])
             pool.share(found)
             held += found
-        elif act < 0.71:
-            pool.forget()
         elif held:
             pool.give([held.pop(draw.randrange(len(held)))])
         assert pool.free_blocks == pool.blocks - len(set(held)), number

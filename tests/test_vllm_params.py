@@ -50,8 +50,11 @@ def told(emitted: int = 0, **params: Any) -> Any:
     """vLLM's parameters for a prompt of three tokens and so many that were published."""
     from core.vllm_engine import _params
 
-    request = Request(token_ids=(4, 5, 6), params=SamplingParams(**params))
-    sequence = Sequence(
+    return _params(sequence_of(Request(token_ids=(4, 5, 6), params=SamplingParams(**params)), emitted))
+
+
+def sequence_of(request: Request, emitted: int = 0) -> Sequence:
+    return Sequence(
         job_id="a",
         request=request,
         tokens=[4, 5, 6, *[7] * emitted],
@@ -60,7 +63,15 @@ def told(emitted: int = 0, **params: Any) -> Any:
         seed=request.params.seed or 0,
         answer=Answer(stream=NoText(), stop=(), end_ids=()),
     )
-    return _params(sequence)
+
+
+@pytest.mark.parametrize("salt", [None, "mine"])
+def test_a_salt_keeps_its_prompt_apart_in_vllms_cache_too(salt: str | None) -> None:
+    from core.vllm_engine import _prompt
+
+    prompt = _prompt(sequence_of(Request(token_ids=(4, 5, 6), cache_salt=salt), emitted=2))
+
+    assert (prompt["prompt_token_ids"], prompt.get("cache_salt")) == ([4, 5, 6, 7, 7], salt)
 
 
 def test_each_parameter_is_passed_under_its_name_or_is_ours() -> None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
+from benchmarks.padded import generate_padded
 from benchmarks.peers import stdio
 
 STEP_TOKENS = 512
@@ -48,23 +49,8 @@ class Static(Transformers):
         return [
             answer
             for first in range(0, len(items), self._rows)
-            for answer in self._generate(items[first : first + self._rows])
+            for answer in generate_padded(self._model, items[first : first + self._rows])
         ]
-
-    def _generate(self, items: Sequence[stdio.Item]) -> list[list[int]]:
-        longest = max(len(item.token_ids) for item in items)
-        ids = torch.zeros(len(items), longest, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, item in enumerate(items):
-            ids[row, longest - len(item.token_ids) :] = torch.tensor(item.token_ids)
-            mask[row, longest - len(item.token_ids) :] = 1
-        tokens = max(item.answer_tokens for item in items)
-        with torch.inference_mode():
-            made = self._model.generate(
-                ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
-            )
-        rows = made[:, longest:].tolist()
-        return [row[: item.answer_tokens] for row, item in zip(rows, items, strict=True)]
 
 
 class Continuous(Transformers):

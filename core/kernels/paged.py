@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import platform
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class _Arguments(ctypes.Structure):
 
 def kernel(pool: Tensor, heads: int) -> Any | None:
     """The function for keys [blocks, kv_heads, head_size, BLOCK_TOKENS]; None where plain torch has to do."""
-    if pool.device.type != "cpu" or platform.system() != "Linux":
+    if pool.device.type != "cpu":
         return None
     head_size, group = pool.shape[2], heads // pool.shape[1]
     if head_size % 16 or head_size > MOST_HEAD_SIZE or group > MOST_QUERIES or (found := library()) is None:

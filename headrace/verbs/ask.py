@@ -114,7 +114,7 @@ def _with_options(invocation: Invocation, body: Mapping[str, Any]) -> Mapping[st
     arguments = invocation.arguments
     extra = {"model": arguments.model, "deadline_seconds": arguments.deadline_seconds}
     extra["refuse_if_late"] = arguments.refuse_if_late or None
-    extra["resume"] = arguments.resume
+    extra |= {"resume": arguments.resume, "cache_salt": arguments.cache_salt}
     return {**body_of(body, **invocation.sampling()), **{k: v for k, v in extra.items() if v is not None}}
 
 
@@ -192,6 +192,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
         "--resume", choices=RESUMES, help="what becomes of a begun answer when only another engine is there (restart)"
     )
     parser.add_argument("--refuse-if-late", action="store_true", help="take no job that the queue keeps beyond that")
+    parser.add_argument("--cache-salt", metavar="TEXT", help="share cached prompts only with jobs that say the same")
     add_sampling(parser)
 
 
