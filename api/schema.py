@@ -27,9 +27,10 @@ from core.bounds import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     MAX_TOKEN_ID,
+    PRIORITY,
 )
 from core.errors import InvalidField
-from core.request import Kind, Request, SamplingParams
+from core.request import FIELDS, Kind, Request, SamplingParams
 from jobs.job import JobState, NewJob, Resume
 
 MAX_SECONDS = 2_592_000  #: thirty days: the longest deadline and retention a request may ask for
@@ -75,6 +76,14 @@ _SCHEMA = {
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
+Priority = Annotated[
+    int,
+    Field(
+        ge=int(PRIORITY.low),
+        le=int(PRIORITY.high),
+        description="the lower, the earlier: negative before 0, and positive behind",
+    ),
+]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=MAX_METADATA_KEY)]
 MetadataValue = Annotated[str, Field(max_length=MAX_METADATA_VALUE)]
 JobId = Annotated[str, Field(pattern=JOB_ID, max_length=128)]
@@ -155,6 +164,7 @@ class JobFields(Body):
 
     model: ModelName | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    priority: Priority = 0
     deadline_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = None
     resume: Annotated[Resume, Field(strict=False)] = Resume.RESTART
     refuse_if_late: bool = False
@@ -167,8 +177,7 @@ class JobFields(Body):
         Raises:
             RequestError: naming the field.
         """
-        wire = self.model_dump(include={"kind", "model", "input", "params", "cache_salt"}, exclude_unset=True)
-        return Request.from_wire(wire)
+        return Request.from_wire(self.model_dump(include=set(FIELDS), exclude_unset=True))
 
     def to_new_job(self, job_id: str, request: Request, *, result_ttl_seconds: int) -> NewJob:
         """The job to submit; ``request`` is ours with the model's name settled.
@@ -210,6 +219,7 @@ class TextBody(Body):
 
     input_text: Prompt
     model: ModelName | None = None
+    priority: Priority = 0
 
 
 class RetryBody(Body):

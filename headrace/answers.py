@@ -41,6 +41,11 @@ class Job:
         return int(self.wire.get("tokens_generated") or 0)
 
     @property
+    def priority(self) -> int:
+        """The lower, the earlier."""
+        return int(self.wire.get("priority") or 0)
+
+    @property
     def queue_position(self) -> int | None:
         """An estimate; None when it is not queued or nobody knows."""
         return self.wire.get("queue_position")

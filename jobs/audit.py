@@ -96,8 +96,9 @@ def mend(client: redis.Redis, job_id: str) -> str:
 def queue_lists(client: redis.Redis) -> list[str]:
     """Every list that our jobs may wait in."""
     found: Any = client.smembers(keys.QUEUES)
-    ours = {name for key in found if (name := key.decode()) == keys.READY or name.startswith(keys.MODEL_READY)}
-    return sorted(ours | {keys.READY, keys.SUSPECTS})
+    own = (keys.URGENT, keys.READY, keys.LOW)
+    ours = {name for key in found if (name := key.decode()).startswith(tuple(f"{each}." for each in own))}
+    return sorted({*ours, *own, keys.SUSPECTS})
 
 
 def judge(facts: Facts) -> list[str]:

@@ -19,7 +19,7 @@ from jobs.reports import LoggedEvent, QueueReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.scripting import Command, pack_exc
 from jobs.settings import StoreSettings
-from jobs.work import Beat, Publication, ReapReport, Settlement
+from jobs.work import Beat, ClaimedJob, Publication, ReapReport, Settlement
 
 REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, TOO_EARLY = 0, 1, 2, 3, 4, -1
 FULL_QUEUE, FULL_STORE, LATE = -1, -2, -3  #: why a submission was refused
@@ -37,6 +37,7 @@ def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Comman
     if job.resume is not Resume.RESTART:
         fields += ["resume", job.resume.value]
     bounds: list[Any] = [settings.max_queued, int(memory.full), int(job.refuse_if_late)]
+    priority = job.request.priority
     if job.metadata:
         fields += ["metadata", json.dumps(dict(job.metadata))]
 
@@ -52,7 +53,7 @@ def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Comman
         return Submitted(job=_job(found, job.id, request=request), created=code == 1)
 
     data = rows.pack_request(job.request)
-    return Command("submit", [job.id, kind.value, model, deadline, *bounds, data, *fields], decode)
+    return Command("submit", [job.id, kind.value, model, deadline, *bounds, data, priority, *fields], decode)
 
 
 def get(job_id: str) -> Command[Row]:
@@ -158,8 +159,8 @@ def claim(worker: str, card: ModelCard, room: int, running: int, settings: Store
     return Command("claim", [worker, room, running, *engine], list)
 
 
-def adopt(job_id: str, attempt: int, kind: Kind, model: str, created: int, *, route: bool) -> Command[int]:
-    return Command("adopt", [job_id, attempt, kind.value, model, created, int(route)], int)
+def adopt(job: ClaimedJob, kind: Kind, model: str, priority: int, created: int, *, route: bool) -> Command[int]:
+    return Command("adopt", [job.id, job.attempt, kind.value, model, priority, created, int(route)], int)
 
 
 def publish(publication: Publication) -> Command[int]:

@@ -97,8 +97,9 @@ class Job:
     tokens_generated: int = 0
     cancel_requested: bool = False
     resume: Resume = Resume.RESTART
+    priority: int = 0  #: the lower, the earlier
     waiting_for: str | None = None  #: identity of the engine that alone may go on with the answer
-    queue_position: int | None = None  #: an estimate, from two counters; None when unknown or not queued
+    queue_position: int | None = None  #: an estimate, from counters; None when unknown or not queued
     result: Wire | None = None
     error: Wire | None = None
     reason: str | None = None
@@ -118,6 +119,7 @@ class Job:
             "finished_at": self.finished_at,
             "expires_at": self.expires_at,
             "attempt": self.attempt,
+            "priority": self.priority,
             "queue_position": self.queue_position,
             "eta_seconds": eta_seconds,
             "tokens_generated": self.tokens_generated,

@@ -46,7 +46,7 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
     if row is None:
         return None
     raw = dict(zip(SEEN, row, strict=False))
-    stored, unpacked, passed, job_id = row[len(SEEN) :]
+    stored, unpacked, before_first, job_id = row[len(SEEN) :]
     reason = _text(raw["reason"])
     state = STATES.get(_text(raw["status"]) or "", JobState.QUEUED)
     if state is JobState.FAILED and reason == EXPIRED_REASON:
@@ -72,7 +72,8 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
         cancel_requested=raw["cancel_requested"] is not None,
         resume=Resume(_text(raw["resume"]) or Resume.RESTART),
         waiting_for=_text(raw["waiting_for"]),
-        queue_position=_position(raw["ticket"], passed) if state is JobState.QUEUED else None,
+        priority=int(raw["priority"] or 0),
+        queue_position=_position(raw["ticket"], before_first) if state is JobState.QUEUED else None,
         result=_read_result(entry, raw["log"], unpacked) if over else None,
         error=_read_error(raw["error"], entry) if state is JobState.FAILED else None,
         reason=reason if over else None,
@@ -185,8 +186,8 @@ def _moment(text: bytes | None) -> float | None:
     return datetime.fromisoformat(text.decode().rstrip("Z")).replace(tzinfo=UTC).timestamp()
 
 
-def _position(ticket: bytes | None, passed: bytes | None) -> int | None:
-    return None if ticket is None else max(1, int(ticket) - int(passed or 0))
+def _position(ticket: bytes | None, before_first: int) -> int | None:
+    return None if ticket is None else max(1, int(ticket) - before_first)
 
 
 def _read_result(entry: Mapping[bytes, bytes], packed: bytes | None, unpacked: Sequence[Any] | None) -> Any:

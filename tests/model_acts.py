@@ -15,7 +15,7 @@ from jobs import commands, dead_letters, keys
 from jobs.job import FINAL, JobState, NewJob, Resume
 from jobs.memory import MemoryReport
 from jobs.scripting import Command
-from tests.jobs_world import pass_deadline
+from tests.jobs_world import list_of, pass_deadline
 from tests.model_faults import (
     die,
     fall_silent,
@@ -51,7 +51,8 @@ def submit(world: World) -> None:
         return
     world.made += 1
     job_id, pick = f"j{world.made}", world.random
-    request = Request(prompt=job_id, model=pick.choice((None, None, None, "Toy", "other")))
+    model, priority = pick.choice((None, None, None, "Toy", "other")), pick.choice((0, 0, 0, -7, 5, 30))
+    request = Request(prompt=job_id, model=model, priority=priority)
     new = NewJob(
         id=job_id, request=request, resume=pick.choice([*Resume, Resume.WAIT]),
         deadline_seconds=600.0 if world.chance(0.3) else None,
@@ -60,8 +61,9 @@ def submit(world: World) -> None:
         submitted = world.store.submit(new)
     except JobNotFound as error:
         raise AssertionError("submitted, and not there") from error
-    assert (submitted.created, submitted.job.state, submitted.job.model) == (True, S.QUEUED, request.model)
-    assert world.client.lindex(keys.READY, -1) == job_id.encode(), "not at the queue's end"
+    job = submitted.job
+    assert (submitted.created, job.state, job.model, job.priority) == (True, S.QUEUED, model, priority)
+    assert world.client.lindex(list_of(priority), -1) == job_id.encode(), "not at the queue's end"
     if world.chance(0.3):
         fields = {
             "retries_left": pick.choice((1, 2)),
@@ -77,7 +79,7 @@ def submit_too_much(world: World) -> None:
     """A full queue, a full memory and a queue that is too long for the deadline: refused, and nothing is there."""
     store, report = world.store, world.store.queue()
     queued, speed = report.states[S.QUEUED], report.completions_per_second
-    job = NewJob(id="never", request=Request(prompt="x"), deadline_seconds=0.001, refuse_if_late=True)
+    job = NewJob(id="never", request=Request(prompt="x", priority=100), deadline_seconds=0.001, refuse_if_late=True)
     few = dataclasses.replace(store._settings, max_queued=max(queued, 1))
     room, full = MemoryReport(used_bytes=1, limit_bytes=10), MemoryReport(used_bytes=9, limit_bytes=10)
     tries: list[tuple[Command[Any], type[HeadraceError]]] = [(commands.submit(job, few, full), StoreFull)]

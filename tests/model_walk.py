@@ -62,7 +62,7 @@ class World:
         self.views: dict[str, View] = {}
         self.small = seed % 2 == 1  #: one call of a script does little, and is to be called again
         self._seen: dict[str, tuple[Any, View]] = {}
-        self._lists = [keys.READY, keys.SUSPECTS]
+        self._lists = sorted(audit.queue_lists(store.connection))
         self._look = self.client.register_script(f"local K={scripting._table(keys.table())} {LOOK}")
         self.client.script_load(self._look.script)
         store._runner.load()
@@ -142,7 +142,7 @@ class World:
             pipeline.execute_command("EVALSHA", self._look.sha, 0, *ids)
             pipeline.execute_command(*_words(examine, 86_400))
             (jobs, queues, *house), facts = pipeline.execute()
-        lists = sorted({keys.SUSPECTS, keys.READY, *(key.decode() for key in queues)})
+        lists = sorted({keys.SUSPECTS, keys.URGENT, keys.READY, keys.LOW, *(key.decode() for key in queues)})
         if lists != self._lists:  # one that nobody knew
             self._lists = lists
             return self._take(ids)

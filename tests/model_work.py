@@ -11,7 +11,7 @@ from core.request import Request
 from jobs import commands, keys
 from jobs.job import JobState, Resume
 from jobs.store import ClaimedJob, Outcome, Publication, Settlement
-from tests.jobs_world import ended, failed
+from tests.jobs_world import ended, failed, list_of
 from tests.model_judge import View
 from tests.model_walk import CARDS, World, answer_of
 
@@ -38,20 +38,39 @@ def claim(world: World) -> None:
         else:
             assert (view.fields["kind"], view.fields.get("model", "")) == (job.request.kind, job.request.model or "")
             assert view.fields.get("model", "").lower() in ("", card.name), f"{job.id}: claimed by another model"
+            assert view.job.priority == job.request.priority
         assert job.next_event == view.log[-1].number + 1
         assert view.log[-1].fields["engine"]["dtype"] == card.dtype
         assert not view.drawn or view.job.resume is Resume.ANY or view.fields["engine"] == card.identity
         assert (job.deadline_in_seconds or 1) > 0, f"{job.id}: too late, and claimed"
-    routed = {*before[keys.READY]} & world.touched  # perhaps: it was taken, and given to another model
+    routed = {*before[keys.READY]} & world.touched  # perhaps: to another class, or it was taken, and to another model
+    after = world.lists()
     if len(got.jobs) < room and not (got.alone or got.hold or got.more or routed):
-        after = world.lists()
-        for key in (f"{keys.LIKE}{card.identity}", f"{keys.MODEL_READY}{card.name}", keys.READY):
+        for key in (f"{keys.LIKE}{card.identity}", *(key for lists in _classes(card.name) for key in lists)):
             assert not after.get(key), f"{name} left {after[key]} in {key}"
+    begun = {*before.get(f"{keys.LIKE}{card.identity}", ())}
+    if not got.alone:
+        _go_in_their_order(world, [job for job in got.jobs if job.id not in begun], after, card.name)
     for ids in before.values():
         places = [ids.index(job.id) for job in got.jobs if job.id in ids and job.id not in world.pushed]
         assert places == sorted(places), f"{got.jobs} out of {ids}"
     if world.chance(0.8):  # else the reply is lost, and the next beat tells
         mine.update({job.id: job for job in got.jobs})
+
+
+def _classes(model: str) -> list[tuple[str, str]]:
+    """The lists of each class that a model's workers look into, the most urgent first."""
+    return [(f"{key}.{model}", key) for key in map(list_of, (-1, 0, 1))]
+
+
+def _go_in_their_order(world: World, jobs: list[ClaimedJob], left: dict[str, list[str]], model: str) -> None:
+    """Of so few jobs one at most is claimed while a more urgent one stays behind."""
+    for number, lists in enumerate(_classes(model)):
+        behind = {job_id for key in lists for job_id in left.get(key, ())} - world.pushed
+        less = [list_of(priority) for priority in (0, 1)][number:]
+        early = [job.id for job in jobs if list_of(world.look(job.id).job.priority) in less]
+        early = [job_id for job_id in early if job_id not in world.touched]  # stock RQ chose its list
+        assert not behind or len(early) <= 1, f"{early} before {behind}"
 
 
 def _must_hold(world: World, name: str, lists: dict[str, list[str]]) -> bool | None:
@@ -185,7 +204,7 @@ def zombie(world: World) -> None:
     elif what == "release":
         release_now(world, job)
     elif what == "adopt" and lost:
-        told = commands.adopt(job.id, job.attempt, view.job.kind, "other", 1, route=world.chance(0.5))
+        told = commands.adopt(job, view.job.kind, "other", 0, 1, route=world.chance(0.5))
         assert world.store._runner.run(told) == 0, f"{job.id}: adopted by whom it does not belong to"
     elif what == "publish":
         said = world.speech(job, view.number("tokens"), view.number("events") + 5, 1)

@@ -124,17 +124,20 @@ def test_submitted_lines_are_jobs_that_wait_and_status_follow(up: Up, tmp_path: 
 
 def test_jsonl_lines_may_be_prompts_chats_or_whole_jobs(up: Up) -> None:
     lines = [
-        {"prompt": "a", "max_tokens": 2},
+        {"prompt": "a", "max_tokens": 2, "priority": -3},
         {"messages": [{"role": "user", "content": "b"}], "max_tokens": 3, "metadata": {"n": "1"}},
         {"kind": "generate", "input": {"prompt": "c"}, "params": {"max_tokens": 4}},
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     submitted = headrace("submit", "--file", "-", "--url", up.url, stdin=text)
+    urgent = headrace("submit", "--priority", "-7", "d", "--url", up.url)
     with Client(up.url) as client:
         jobs = [client.wait(job_id, 30) for job_id in submitted.stdout.split()]
+        priorities = [job.priority for job in (*jobs, client.get(urgent.stdout.strip()))]
 
     assert [len(job.token_ids) for job in jobs] == [2, 3, 4]
     assert jobs[1].wire["metadata"] == {"n": "1"}
+    assert priorities == [-3, 0, 0, -7]
 
 
 def test_run_shows_every_answer_that_was_asked_for(up: Up) -> None:
@@ -160,6 +163,7 @@ def test_run_streams_the_same_text_that_is_the_result(up: Up) -> None:
         (["wait", "job_nobody"], 2, "no job 'job_nobody'"),
         (["submit", "hello", "--max-tokens", "0"], 2, "params.max_tokens"),
         (["submit", "hello", "--model", "nobody"], 2, "nobody"),
+        (["submit", "hello", "--priority", "-101"], 2, "priority: must be from -100 to 100"),
         (["run", "!fail", "--raw"], 1, "failed"),
     ],
 )

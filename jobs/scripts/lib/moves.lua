@@ -8,7 +8,7 @@ end
 -- An id left the queue for good: everybody behind it moves up.
 local function pass(id, job)
   if job.ticket > 0 then
-    call('INCR', K.passed)
+    call('INCR', CLASSES[job.class].passed)
     call('HSET', K.job .. id, 'ticket', 0)
     job.ticket = 0
   end
@@ -157,10 +157,10 @@ local function wait_for_like(id, job, patience)
   wake(K.wake .. '.' .. job.engine)
 end
 
--- Back into a list: 'front', 'back' or 'suspects'. The job's status is set here, its attempt never.
+-- Back into a list: 'front' or 'back' of its class's, or 'suspects'. The job's status is set here, its attempt never.
 local function requeue(id, job, where)
   local model = job.model and job.model ~= '' and '.' .. string.lower(job.model) or ''
-  local list = (where == 'suspects' and K.suspects or K.ready) .. model
+  local list = (where == 'suspects' and K.suspects or CLASSES[job.class].list) .. model
   call(where == 'front' and 'LPUSH' or 'RPUSH', list, id)
   call('SADD', K.queues, list)
   move(id, job, 'queued')
