@@ -15,7 +15,7 @@ local FIELDS = {
   'status', 'attempt', 'crashes', 'kind', 'model', 'place', 'reason', 'events', 'tokens', 'ticket', 'closed',
   'settled', 'published_attempt', 'cancel_requested', 'deadline_at', 'suspect_at', 'result_ttl', 'failure_ttl',
   'worker_name', 'ended_at', 'rate_limit_key', 'engine', 'resume', 'waiting_for', 'read', 'first_token',
-  'text_bytes',
+  'text_bytes', 'webhook', 'callback',
 }
 local NUMBERS = {
   'attempt', 'crashes', 'events', 'tokens', 'ticket', 'settled', 'published_attempt', 'suspect_at', 'first_token',
@@ -61,7 +61,7 @@ local function load(id)
 end
 
 -- What a poll answers: SEEN's values, the last result entry, what of the log is not packed, the counter
--- behind queue positions, and the id.
+-- behind queue positions, the id, and how far its callback has got.
 local function read(id)
   local row = call('HMGET', K.job .. id, unpack(SEEN))
   if not row[1] then return false end
@@ -72,6 +72,7 @@ local function read(id)
   row[#SEEN + 2] = unpacked and call('XRANGE', K.events .. id, '-', '+') or false
   row[#SEEN + 3] = call('GET', K.passed)
   row[#SEEN + 4] = id
+  row[#SEEN + 5] = row[2] and call('HMGET', K.callback .. row[2], 'state', 'attempts', 'error') or false
   return row
 end
 
