@@ -191,14 +191,18 @@ def test_only_the_api_s_port_is_published_and_on_loopback() -> None:
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["api"]["ports"])
 
 
-def test_only_init_can_reach_out() -> None:
+def test_only_init_can_reach_out_and_a_courier_where_one_is_asked_for() -> None:
     networks = BASE["networks"]
     masquerade = "com.docker.network.bridge.enable_ip_masquerade"
     closed = {
         n for n, net in networks.items() if net.get("internal") or net.get("driver_opts", {}).get(masquerade) == "false"
     }
 
-    assert {name for name, service in SERVICES.items() if not set(service["networks"]) <= closed} == {"init"}
+    assert {name for name, service in SERVICES.items() if not set(service["networks"]) <= closed} == {
+        "init",
+        "courier",
+    }
+    assert [name for name, service in SERVICES.items() if "profiles" in service] == ["courier"]
     assert SERVICES["redis"]["networks"] == SERVICES["worker"]["networks"] == ["inside"]
     assert networks["inside"]["internal"] is True
 
@@ -206,7 +210,7 @@ def test_only_init_can_reach_out() -> None:
 def test_rooms_start_only_after_redis_is_healthy_and_init_has_ended_well() -> None:
     wanted = {"redis": {"condition": "service_healthy"}, "init": {"condition": "service_completed_successfully"}}
 
-    assert SERVICES["api"]["depends_on"] == SERVICES["worker"]["depends_on"] == wanted
+    assert all(SERVICES[room]["depends_on"] == wanted for room in ("api", "worker", "courier"))
     assert SERVICES["init"]["restart"] == "no"
 
 
@@ -226,7 +230,7 @@ def test_redis_keeps_what_202_promises() -> None:
 def test_every_variable_of_the_files_is_a_setting() -> None:
     from headrace.layers import load
 
-    for service in ("init", "api", "worker"):
+    for service in ("init", "api", "worker", "courier"):
         environ = {k: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(v)) for k, v in SERVICES[service]["environment"].items()}
         load({}, environ)
 
@@ -250,7 +254,7 @@ def test_the_vllm_overlay_changes_the_worker_only_and_its_variables_are_settings
     environ = {k: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(v)) for k, v in worker["environment"].items()}
 
     assert load({}, environ).engine == "vllm"
-    assert set(re.findall(r"^COPY (\w+) ", recipe, flags=re.M)) >= {"api", "core", "headrace", "jobs", "worker"}
+    assert set(re.findall(r"^COPY (\w+) ", recipe, flags=re.M)) >= {"api", "core", "courier", "headrace", "jobs", "worker"}
     assert "ENTRYPOINT []" in recipe
     assert worker["image"] not in (SERVICES["worker"]["image"], GPU["services"]["worker"]["image"])
     assert worker["deploy"] == GPU["services"]["worker"]["deploy"]
@@ -262,7 +266,7 @@ def test_the_image_is_not_root_copies_every_room_and_nothing_else() -> None:
     user = re.search(r"^USER (\d+):(\d+)$", text, flags=re.M)
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
 
-    assert copied == {"api", "core", "headrace", "jobs", "worker"}
+    assert copied == {"api", "core", "courier", "headrace", "jobs", "worker"}
     assert user is not None
     assert f"{user[1]}:{user[2]}" == SERVICES["api"]["user"]
     assert copied <= kept

@@ -116,9 +116,10 @@ def test_a_room_is_handed_every_setting_and_nothing_stale() -> None:
 
 def test_every_setting_of_a_room_is_one_of_headrace_with_the_same_default() -> None:
     from api.settings import ApiSettings
+    from courier.settings import CourierSettings
     from worker.settings import WorkerSettings
 
-    for room in (ApiSettings, WorkerSettings):
+    for room in (ApiSettings, CourierSettings, WorkerSettings):
         for field in dataclasses.fields(room):
             assert field.name in RULES, f"{room.__name__}.{field.name} cannot be set"
             assert getattr(Settings(), field.name) == field.default, field.name
@@ -148,6 +149,7 @@ def test_an_empty_key_file_is_no_key(empty_folder: Path) -> None:
         (["up", "--port", "many"], "--port: port must be a whole number, not 'many'"),
         (["api"], "headrace api needs a Redis"),
         (["worker"], "headrace worker needs a Redis"),
+        (["courier"], "headrace courier needs a Redis"),
         (["submit"], "exactly one of PROMPT, --messages and --file"),
         (["submit", "--messages", "[oops"], "--messages: not JSON"),
         (["submit", "--file", "none.txt"], "none.txt cannot be read"),

@@ -19,7 +19,7 @@ import pytest
 from tests.processes import clean_environment, free_port, until, workers
 
 ROOT = Path(__file__).parent.parent
-OURS = ("api", "core", "jobs", "worker")
+OURS = ("api", "core", "courier", "jobs", "worker")
 WRONG_ROOM = 97  #: exit code of the application's own programs
 
 
