@@ -254,7 +254,14 @@ def test_the_vllm_overlay_changes_the_worker_only_and_its_variables_are_settings
     environ = {k: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(v)) for k, v in worker["environment"].items()}
 
     assert load({}, environ).engine == "vllm"
-    assert set(re.findall(r"^COPY (\w+) ", recipe, flags=re.M)) >= {"api", "core", "courier", "headrace", "jobs", "worker"}
+    assert set(re.findall(r"^COPY (\w+) ", recipe, flags=re.M)) >= {
+        "api",
+        "core",
+        "courier",
+        "headrace",
+        "jobs",
+        "worker",
+    }
     assert "ENTRYPOINT []" in recipe
     assert worker["image"] not in (SERVICES["worker"]["image"], GPU["services"]["worker"]["image"])
     assert worker["deploy"] == GPU["services"]["worker"]["deploy"]

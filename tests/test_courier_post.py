@@ -216,7 +216,9 @@ def test_an_address_of_the_internet_is_public(address: str) -> None:
     assert is_public(address)
 
 
-LISTED = AllowedHosts("hooks.example, other.example:8443, http://plain.example, [2606:4700::1]", "http://127.0.0.1:9000")
+LISTED = AllowedHosts(
+    "hooks.example, other.example:8443, http://plain.example, [2606:4700::1]", "http://127.0.0.1:9000"
+)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,13 @@ from jobs.outbox import Callback
 from tests.courier_world import KEY, SECRET
 
 CALLBACK = Callback(
-    id="evt_1", attempt=1, tries=1, job_id="job_1", url="https://a.example/", type="job.succeeded", ended_at=1_790_000_000
+    id="evt_1",
+    attempt=1,
+    tries=1,
+    job_id="job_1",
+    url="https://a.example/",
+    type="job.succeeded",
+    ended_at=1_790_000_000,
 )
 
 
@@ -62,7 +68,7 @@ def test_the_secret_may_be_in_a_file_and_is_in_no_text_of_the_settings(tmp_path)
 
     assert settings.read_secrets() == (KEY,)
     assert SECRET not in repr(CourierSettings(webhook_hosts="a.example", webhook_secret=SECRET))
-    with pytest.raises(ValueError, match="webhook_secret_file: .*cannot be read"):
+    with pytest.raises(ValueError, match=r"webhook_secret_file: .*cannot be read"):
         CourierSettings(webhook_hosts="a.example", webhook_secret_file=str(tmp_path / "none")).read_secrets()
 
 
