@@ -14,7 +14,7 @@ from jobs.outbox import Callback, Outbox
 
 log = logging.getLogger("headrace.courier")
 
-AT_ONCE = 64  #: deliveries under way
+AT_ONCE = 32  #: deliveries under way
 LOOK_SECONDS = 0.25  #: between two looks into an empty outbox
 AWAY_SECONDS = 1.0  #: between two looks for a Redis that is away
 LEASE_MARGIN_SECONDS = 5.0  #: on top of an attempt's own time; then another courier may try

@@ -69,6 +69,7 @@ class Receiver:
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
+            request_queue_size = 128
 
             def handle_error(self, request: Any, client_address: Any) -> None:
                 """A courier that was killed hangs up."""
