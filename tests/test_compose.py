@@ -5,6 +5,7 @@ What is not proved here: the images themselves, and that a kernel's namespaces d
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ import yaml
 
 from headrace.client import Client
 from headrace.embedded import find_server
+from tests.courier_world import Receiver, receiving, verify
 from tests.processes import clean_environment, free_port, until, workers
 
 ROOT = Path(__file__).parent.parent
@@ -116,13 +118,22 @@ def host(tmp_path: Path) -> Iterator[Host]:
         process.wait()
 
 
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as one:
+        yield one
+
+
 def seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+)s", text)
     assert found
     return float(found[1])
 
 
-def test_the_services_come_up_in_order_turn_healthy_answer_a_job_and_stop_in_their_grace_period(host: Host) -> None:
+def test_the_services_come_up_in_order_turn_healthy_answer_a_job_and_stop_in_their_grace_period(
+    host: Host, receiver: Receiver
+) -> None:
+    host.environ = {**host.environ, "HEADRACE_WEBHOOK_PRIVATE_HOSTS": receiver.host}
     redis_process = host.start("redis")
     until(lambda: host.is_healthy("redis"), redis_process)
     assert host.start("init").wait(60) == 0
@@ -134,13 +145,19 @@ def test_the_services_come_up_in_order_turn_healthy_answer_a_job_and_stop_in_the
     key = (host.folder / "keys" / "api-key").read_text().strip()
     url = f"http://127.0.0.1:{host.ports['api']}"
     until(lambda: workers(url, key), api, worker)
+    courier = host.start("courier")
     with Client(url, api_key=key) as client:
+        body = {"input": {"prompt": "hello"}, "webhook": {"url": receiver.url()}}
+        assert client.wait(client.submit(body, max_tokens=5).id, 30).succeeded
+        until(lambda: receiver.got, api, worker, courier)
         assert client.run("hello", timeout=30, max_tokens=5).succeeded
         running = client.submit("long", max_tokens=100_000)
         until(lambda: client.get(running.id).status != "queued", api, worker)
         client.cancel(running.id)
 
-    for name, process in (("worker", worker), ("api", api), ("redis", redis_process)):
+    secret = (host.folder / "hooks" / "webhook-secret").read_text().strip()
+    assert verify(receiver.got[0], base64.b64decode(secret.removeprefix("whsec_")))
+    for name, process in (("worker", worker), ("courier", courier), ("api", api), ("redis", redis_process)):
         process.send_signal(signal.SIGTERM)
         assert process.wait(seconds(SERVICES[name]["stop_grace_period"])) == 0, name
 
@@ -152,6 +169,9 @@ def test_init_writes_a_private_key_once_and_prints_how_to_ask(host: Host) -> Non
     argv = [host.here("init", str(word)) for word in SERVICES["init"]["command"]]
     again = subprocess.run(argv, env=host.environment("init"), capture_output=True, text=True, timeout=60, check=True)
 
+    hook = host.folder / "hooks" / "webhook-secret"
+    assert re.fullmatch(r"whsec_[A-Za-z0-9+/]{43}=\n", hook.read_text())
+    assert stat.S_IMODE(hook.stat().st_mode) == 0o600
     assert path.read_text() == key
     assert re.fullmatch(r"sk_[0-9a-f]{64}\n", key)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -137,7 +137,7 @@ def dripping() -> Iterator[int]:
 
 
 def test_a_body_without_end_is_not_read() -> None:
-    sent = []
+    sent: list[int] = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def pour() -> None:

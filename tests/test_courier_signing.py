@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,7 +66,7 @@ def test_a_secret_that_is_too_short_or_too_long_is_refused_and_not_shown(size: i
         assert not set(text.split()) & set(str(refused.value).split())
 
 
-def test_the_secret_may_be_in_a_file_and_is_in_no_text_of_the_settings(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_the_secret_may_be_in_a_file_and_is_in_no_text_of_the_settings(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text(f"{SECRET}\n")
     settings = CourierSettings(webhook_hosts="a.example", webhook_secret_file=str(tmp_path / "secret"))
 
@@ -87,3 +91,21 @@ def test_the_secret_may_be_in_a_file_and_is_in_no_text_of_the_settings(tmp_path)
 def test_a_setting_that_cannot_be_is_refused_by_name(changes: dict[str, str], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         CourierSettings(**{"webhook_hosts": "a.example", **changes})  # type: ignore[arg-type]
+
+
+def test_the_page_s_own_verifier_accepts_what_we_sign_and_nothing_else() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "webhooks.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    content, now = body(CALLBACK), int(time.time())
+
+    assert names["verify"](SECRET, headers("evt_1", now, content, [bytes(24), KEY]), content)["data"] == {"id": "job_1"}
+    for wrong in (
+        (SECRET, headers("evt_1", now, content, [bytes(24)]), content),
+        (SECRET, headers("evt_1", now - 301, content, [KEY]), content),
+        (SECRET, {**headers("evt_1", now, content, [KEY]), "webhook-id": "evt_2"}, content),
+        (SECRET, headers("evt_1", now, content, [KEY]), content + b" "),
+    ):
+        with pytest.raises(ValueError, match=r"not signed by us|too old"):
+            names["verify"](*wrong)

@@ -20,12 +20,13 @@ from jobs.memory import MemoryReport
 from jobs.runner import Runner
 from jobs.settings import StoreSettings
 from tests.conftest import Server
-from tests.courier_world import SECRET, Delivery, Receiver, courier, receiving, verify
+from tests.courier_world import SECRET, Delivery, Receiver, Reply, courier, receiving, verify
 from tests.faults_world import restart, restartable
 from tests.jobs_world import audit
 from tests.worker_world import WorkerProcess, eventually, worker
 
-OK, BROKEN = (204, {}), (500, {})
+OK: Reply = (204, {})
+BROKEN: Reply = (500, {})
 MANY = ",".join(["0.2"] * 100)
 FEW = "0.05,0.05"  #: three attempts
 TOKENS, ROWS = 100, 8
@@ -36,7 +37,7 @@ def ask(client: redis.Redis, *urls: str | None, **params: int) -> list[str]:
     """A job for each address; their ids."""
     ids = [f"job-{next(numbers)}" for _ in urls]
     for job_id, url in zip(ids, urls, strict=True):
-        request = Request(prompt=job_id, params=SamplingParams(**{"max_tokens": 5, **params}))
+        request = Request(prompt=job_id, params=SamplingParams.from_wire({"max_tokens": 5, **params}))
         new = NewJob(id=job_id, request=request, webhook=url)
         Runner(client, 60).run(commands.submit(new, StoreSettings(), MemoryReport(used_bytes=0, limit_bytes=0)))
     return ids
@@ -52,10 +53,9 @@ def webhook(client: redis.Redis, job_id: str) -> Webhook:
     return found
 
 
-def succeed(client: redis.Redis, ids: Iterable[str], log: Path) -> None:
+def succeed(client: redis.Redis, ids: Sequence[str], log: Path) -> None:
     """Wait until all have."""
-    for job_id in ids:
-        eventually(lambda job_id=job_id: get(client, job_id).state is JobState.SUCCEEDED, f"end of {job_id}", log)
+    eventually(lambda: all(get(client, each).state is JobState.SUCCEEDED for each in ids), f"end of each of {ids}", log)
 
 
 def told(client: redis.Redis, ids: Sequence[str], state: str, log: Path) -> None:
