@@ -271,7 +271,7 @@ ACTS: dict[Callable[[World], None], int] = {
     page: 2, mourn: 2,
     claim: 20, publish: 14, settle: 8, zombie: 12, release: 5, renew: 4, suspend: 1, suspects_wait: 2,
     expire: 2, lose_patience: 2, forget: 2, promote: 2,
-    collect: 5, note: 8, resend: 3, outlast_leases: 3, come_for_nothing: 1,
+    collect: 4, note: 5, resend: 2, outlast_leases: 2, come_for_nothing: 1,
     die: 8, fall_silent: 2, leave: 3, mend: 8, mend_nobody: 1,
     push_twice: 2, rq_enqueue: 3, rq_cancel: 2, rq_requeue: 4, rq_clean: 1,
 }  # fmt: skip

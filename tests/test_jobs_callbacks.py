@@ -195,6 +195,7 @@ def test_what_is_over_is_sent_anew_under_its_id_with_all_its_tries(store: Store,
     first = finish(store)
     noted(store, first, state)
     sent = resend(store, "j")
+    assert store.connection.ttl(f"{keys.CALLBACK}{first.id}") == -1
     [second] = collected(store)
     noted(store, second, "delivered")
 

@@ -115,7 +115,7 @@ MUTANTS = {
     "reindexing nothing": Mutant("reindex", "if job.place ~= job.state then", "if false then"),
     "releasing without a fence": Mutant("release", "job.attempt ~= attempt or job.status ~= 'started'", "false"),
     "a beat that tells of no lost reply": Mutant("renew", "if not known[member] then", "if false then"),
-    "resending with the tries of before": Mutant("resend", ", 'before', attempts)", ")"),
+    "resending at some time": Mutant("resend", "call('ZADD', K.outbox, NOW, job.callback)", ""),
     "retrying what succeeded": Mutant("retry", "if job.state ~= 'failed' or (", "if not is_final(job.state) or ("),
     "retrying with the old log": Mutant("retry", "reopen(id, job)", ""),
     "settling without a fence": Mutant("settle", "if not job or job.attempt ~= attempt then", "if not job then"),
