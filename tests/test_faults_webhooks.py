@@ -43,6 +43,19 @@ def ask(client: redis.Redis, *urls: str | None, **params: int) -> list[str]:
     return ids
 
 
+def end(client: redis.Redis, *urls: str) -> list[str]:
+    """A job for each address that has ended; their ids."""
+    ids = ask(client, *urls)
+    Runner(client, 60).answers([commands.cancel(job_id) for job_id in ids])
+    return ids
+
+
+def outlast_leases(client: redis.Redis) -> None:
+    """What couriers have, or had, is anybody's."""
+    waiting: Any = client.zrange(keys.OUTBOX, 0, -1)
+    client.zadd(keys.OUTBOX, dict.fromkeys(waiting, time.time() * 1000))
+
+
 def get(client: redis.Redis, job_id: str) -> Job:
     return Runner(client, 60).run(commands.get(job_id)).job
 
@@ -127,12 +140,11 @@ def test_a_receiver_that_never_says_yes_is_given_up_with_a_record_and_may_be_tol
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         dead = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    with receiving() as other, receiving(_by_path(other)) as receiver, worker(valkey_url, tmp_path) as process:
+    with receiving() as other, receiving(_by_path(other)) as receiver:
         paths = ("/broken?token=canary", "/elsewhere", "/hang", "/gone")
-        ids = ask(valkey, *map(receiver.url, paths), f"{dead}/", "https://not.listed/")
-        succeed(valkey, ids, process.log)
+        ids = end(valkey, *map(receiver.url, paths), f"{dead}/", "https://not.listed/")
         hosts, log = (receiver.host, other.host, dead), tmp_path / "courier.log"
-        with courier(valkey_url, tmp_path, *hosts, webhook_retry_seconds=FEW, webhook_timeout_seconds=0.3):
+        with courier(valkey_url, tmp_path, *hosts, webhook_retry_seconds=FEW, webhook_timeout_seconds=0.2):
             told(valkey, ids, "failed", log)
             records = [webhook(valkey, job_id) for job_id in ids]
             attempts = {path: sum(each.path == path for each in receiver.got) for path in paths}
@@ -162,17 +174,15 @@ def test_a_courier_that_is_killed_in_mid_delivery_is_followed_by_one_that_says_t
     valkey: redis.Redis, valkey_url: str, tmp_path: Path
 ) -> None:
     log = tmp_path / "courier.log"
-    with receiving(lambda _: None) as receiver, worker(valkey_url, tmp_path) as process:
-        ids = ask(valkey, *[receiver.url()] * 6)
-        succeed(valkey, ids, process.log)
+    with receiving(lambda _: None) as receiver:
+        ids = end(valkey, *[receiver.url()] * 6)
         with courier(valkey_url, tmp_path, receiver.host, webhook_timeout_seconds=30) as first:
             eventually(lambda: len(receiver.got) == 6, "deliveries under way", log)
             first.send_signal(signal.SIGKILL)
             first.wait(10)
         with courier(valkey_url, tmp_path, receiver.host):
             receiver.answer = lambda _: OK
-            waiting: Any = valkey.zrange(keys.OUTBOX, 0, -1)
-            valkey.zadd(keys.OUTBOX, dict.fromkeys(waiting, time.time() * 1000))  # their leases are over
+            outlast_leases(valkey)
             told(valkey, ids, "delivered", log)
 
     assert [webhook(valkey, job_id).attempts for job_id in ids] == [2] * 6
@@ -185,10 +195,9 @@ def test_a_courier_that_is_killed_in_mid_delivery_is_followed_by_one_that_says_t
 
 
 def test_couriers_share_the_outbox_and_say_nothing_twice(valkey: redis.Redis, valkey_url: str, tmp_path: Path) -> None:
-    with receiving() as receiver, worker(valkey_url, tmp_path) as process:
+    with receiving() as receiver:
         with courier(valkey_url, tmp_path, receiver.host), courier(valkey_url, tmp_path, receiver.host):
-            ids = ask(valkey, *[receiver.url()] * 60)
-            succeed(valkey, ids, process.log)
+            ids = end(valkey, *[receiver.url()] * 60)
             told(valkey, ids, "delivered", tmp_path / "courier.log")
 
     assert sorted(by_job(receiver.got)) == sorted(ids)
@@ -198,13 +207,13 @@ def test_couriers_share_the_outbox_and_say_nothing_twice(valkey: redis.Redis, va
 def test_callbacks_outlive_a_server_that_is_killed(own_valkey: Server, tmp_path: Path) -> None:
     log = tmp_path / "courier.log"
     with restartable(own_valkey) as servers, redis.Redis.from_url(own_valkey.url) as client:
-        with receiving(lambda _: BROKEN) as receiver, worker(own_valkey.url, tmp_path) as process:
+        with receiving(lambda _: BROKEN) as receiver:
             with courier(own_valkey.url, tmp_path, receiver.host, webhook_retry_seconds=MANY) as runs:
-                ids = ask(client, *[receiver.url()] * 5)
-                succeed(client, ids, process.log)
+                ids = end(client, *[receiver.url()] * 5)
                 eventually(lambda: len(by_job(receiver.got)) == 5, "an attempt at each", log)
                 servers.append(restart(own_valkey))
                 receiver.answer = lambda _: OK
+                outlast_leases(client)
                 told(client, ids, "delivered", log)
                 assert runs.poll() is None
         assert {len({each.id for each in found}) for found in by_job(receiver.got).values()} == {1}

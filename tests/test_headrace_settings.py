@@ -98,6 +98,7 @@ def test_a_refused_address_does_not_show_its_password() -> None:
     assert "hunter2" not in str(refused.value)
     assert "hunter2" not in str(Settings(redis_url="redis://:hunter2@host:1/0").to_public())
     assert "hunter2" not in str(Settings(redis_url="unix:///a?password=hunter2").to_public())
+    assert "hunter2" not in str(Settings(webhook_secret="hunter2", api_key="hunter2").to_public())
 
 
 def test_a_room_is_handed_every_setting_and_nothing_stale() -> None:

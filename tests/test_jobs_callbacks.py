@@ -13,6 +13,7 @@ from rq.serializers import JSONSerializer
 from core.errors import JobConflict, JobNotFound
 from jobs import commands, keys
 from jobs.audit import mend
+from jobs.doctor import examine
 from jobs.job import JobState, Webhook
 from jobs.outbox import Callback, collect, note
 from jobs.store import Outcome, Store
@@ -324,3 +325,15 @@ def test_a_callback_that_is_over_and_waits_is_found_and_mended(store: Store) -> 
     assert audit(store.connection) == []
     assert webhook(store).state == "delivered"
     assert not store.connection.exists(keys.OUTBOX)
+
+
+def test_a_doctor_says_that_callbacks_wait_and_nobody_takes_them(store: Store) -> None:
+    callback = finish(store)
+    now: Any = store.connection.time()
+    notes = []
+    for seconds in (30, 90):
+        store.connection.zadd(keys.OUTBOX, {callback.id: (now[0] - seconds) * 1000})
+        notes.append([note for note in examine(store, fix=False).notes if "callback" in note])
+
+    assert notes[0] == []
+    assert notes[1] == ["1 callbacks should have been sent by now: no courier runs, or not enough of them"]
