@@ -31,7 +31,8 @@ from core.bounds import (
 )
 from core.errors import InvalidField
 from core.request import FIELDS, Kind, Request, SamplingParams
-from jobs.job import JobState, NewJob, Resume
+from jobs.job import WEBHOOK_EVENTS, JobState, NewJob, Resume
+from jobs.webhooks import MAX_URL_CHARACTERS
 
 MAX_SECONDS = 2_592_000  #: thirty days: the longest deadline and retention a request may ask for
 MAX_METADATA = 16
@@ -159,6 +160,13 @@ class NoParams(Body):
     """Nothing is drawn, so nothing can be said about how."""
 
 
+class WebhookBody(Body):
+    """Whom to tell that the job has ended, whichever way."""
+
+    url: Annotated[str, Field(min_length=1, max_length=MAX_URL_CHARACTERS)]
+    events: Annotated[list[Literal["completed"]], Field(min_length=1, max_length=len(WEBHOOK_EVENTS))] = ["completed"]
+
+
 class JobFields(Body):
     """What every kind of job may say."""
 
@@ -170,6 +178,7 @@ class JobFields(Body):
     refuse_if_late: bool = False
     result_ttl_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
+    webhook: WebhookBody | None = None
 
     def to_request(self) -> Request:
         """What the client asked, in the words of ``core``.
@@ -195,6 +204,7 @@ class JobFields(Body):
             refuse_if_late=self.refuse_if_late,
             result_ttl_seconds=self.result_ttl_seconds or result_ttl_seconds,
             metadata=self.metadata,
+            webhook=self.webhook.url if self.webhook else None,
         )
 
 
@@ -276,6 +286,7 @@ JOB_NAMES: Names = {
     "params.structured_outputs": structured.FORMS,
     "input": (*GenerateInput.model_fields, *PredictInput.model_fields),
     "input.messages": tuple(Turn.model_fields),
+    "webhook": tuple(WebhookBody.model_fields),
 }
 TEXT_NAMES: Names = {"": tuple(TextBody.model_fields)}
 RETRY_NAMES: Names = {"": tuple(RetryBody.model_fields)}

@@ -86,6 +86,11 @@ class Job:
         return self.wire.get("reason")
 
     @property
+    def webhook(self) -> Mapping[str, Any] | None:
+        """Who is told of the end, how far that has got: ``url``, ``id``, ``state``, ``attempts``, ``last_error``."""
+        return self.wire.get("webhook")
+
+    @property
     def error(self) -> Mapping[str, Any] | None:
         """``{"code", "message", "param"}`` of a failed job."""
         return self.wire.get("error")

@@ -124,6 +124,10 @@ class AsyncClient:
         """Queue a failed job again."""
         return await self._send(calls.retry(job_id))
 
+    async def resend(self, job_id: str) -> Job:
+        """Tell an ended job's webhook of its end again."""
+        return await self._send(calls.resend(job_id))
+
     async def delete(self, job_id: str) -> None:
         """Forget an ended job and its answer."""
         await self._send(calls.delete(job_id))

@@ -80,6 +80,11 @@ def retry(job_id: str) -> Call[Job]:
     return Call(method="POST", path=f"{_job(job_id)}/retry", read=Job)
 
 
+def resend(job_id: str) -> Call[Job]:
+    """Tell the job's webhook of its end again."""
+    return Call(method="POST", path=f"{_job(job_id)}/webhook/resend", read=Job)
+
+
 def delete(job_id: str) -> Call[None]:
     return Call(method="DELETE", path=_job(job_id), read=lambda _: None)
 

@@ -130,6 +130,10 @@ class Client:
         """Queue a failed job again."""
         return self._send(calls.retry(job_id))
 
+    def resend(self, job_id: str) -> Job:
+        """Tell an ended job's webhook of its end again."""
+        return self._send(calls.resend(job_id))
+
     def delete(self, job_id: str) -> None:
         """Forget an ended job and its answer."""
         self._send(calls.delete(job_id))

@@ -46,6 +46,7 @@ class Facts:
     executions: Sequence[Wire]  #: attempt, wip, worker, held, lease
     log: Wire
     results: int  #: successful ones
+    callback: Wire  #: wanted, state, waits (in the outbox)
     packed: bytes | None
 
 
@@ -118,7 +119,7 @@ def judge(facts: Facts) -> list[str]:
         problems += _judge_ended(facts)
     if facts.results != (state == JobState.SUCCEEDED):
         problems.append(f"{state} with {facts.results} results")
-    return problems + _judge_log(facts)
+    return problems + _judge_callback(facts) + _judge_log(facts)
 
 
 def _judge_unknown(facts: Facts) -> list[str]:
@@ -165,6 +166,18 @@ def _judge_ended(facts: Facts) -> list[str]:
     return problems
 
 
+def _judge_callback(facts: Facts) -> list[str]:
+    """Who wants to be told of an end is told of each once; a job that stock RQ moved has not been looked at yet."""
+    state, waits = facts.callback.get("state"), facts.callback["waits"]
+    if facts.job["state"] not in SETTLED:
+        return [f"has not ended, and its callback is {state}"] if state and not facts.job["closed"] else []
+    if not facts.callback["wanted"] or not facts.job["closed"]:
+        return []
+    if not state:
+        return ["has ended, and nobody is told"]
+    return [f"its callback is {state}, in the outbox: {waits}"] if waits != (state == "pending") else []
+
+
 def _judge_log(facts: Facts) -> list[str]:
     events, ended, log = facts.job["events"], facts.job["state"] in SETTLED, facts.log
     problems = []
@@ -198,7 +211,7 @@ class _Index:
 
 def _facts(answer: Sequence[Any]) -> Facts:
     found, packed = answer
-    job, lists, places, index, executions, log, results = json.loads(found)
+    job, lists, places, index, executions, log, results, callback = json.loads(found)
     return Facts(
         job=job,
         lists=[(key, times) for key, times in lists or ()],
@@ -207,6 +220,7 @@ def _facts(answer: Sequence[Any]) -> Facts:
         executions=list(executions or ()),
         log=log,
         results=results,
+        callback=callback,
         packed=packed,
     )
 

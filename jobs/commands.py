@@ -15,7 +15,7 @@ from core.request import Kind
 from jobs import logs, rows
 from jobs.job import LABELS, QUEUE, Job, JobState, NewJob, Resume
 from jobs.memory import MemoryReport
-from jobs.reports import LoggedEvent, QueueReport, Submitted, WorkerCard
+from jobs.reports import CallbackReport, LoggedEvent, QueueReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.scripting import Command, pack_exc
 from jobs.settings import StoreSettings
@@ -36,6 +36,8 @@ def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Comman
     fields += ["result_ttl", job.result_ttl_seconds, "failure_ttl", job.result_ttl_seconds]
     if job.resume is not Resume.RESTART:
         fields += ["resume", job.resume.value]
+    if job.webhook is not None:
+        fields += ["webhook", job.webhook]
     bounds: list[Any] = [settings.max_queued, int(memory.full), int(job.refuse_if_late)]
     priority = job.request.priority
     if job.metadata:
@@ -90,6 +92,11 @@ def retry(job_id: str) -> Command[Job]:
     return _move("retry", job_id, "is {state}; only a failed job can be retried")
 
 
+def resend(job_id: str) -> Command[Job]:
+    """Its decoding raises JobNotFound, JobConflict."""
+    return _move("resend", job_id, "is {state}, and there is nothing to send: no webhook, or no end yet")
+
+
 def delete(job_id: str) -> Command[None]:
     """Its decoding raises JobNotFound, JobConflict."""
 
@@ -119,9 +126,14 @@ def known_models() -> Command[list[ModelCard]]:
 
 def queue() -> Command[QueueReport]:
     def decode(answer: Any) -> QueueReport:
-        rate, suspects, dead, *counts = answer
-        states = dict(zip(JobState, counts, strict=True))
-        return QueueReport(states=states, completions_per_second=float(rate), suspects=suspects, dead_letters=dead)
+        rate, suspects, dead, waiting, delivered, failed, *counts = answer
+        return QueueReport(
+            states=dict(zip(JobState, counts, strict=True)),
+            completions_per_second=float(rate),
+            suspects=suspects,
+            dead_letters=dead,
+            callbacks=CallbackReport(waiting=waiting, delivered=delivered, failed=failed),
+        )
 
     return Command("queue", [], decode)
 

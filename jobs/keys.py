@@ -58,6 +58,9 @@ HOLD = "headrace:hold"  #: the worker that empties itself for a suspect
 WATCHERS = "headrace:watch:"  #: + random: stream that wakes one process' blocked reader
 RATE = "headrace:rate:"  #: + tens of seconds: jobs that ended then
 REPEATS = "headrace:repeats"  #: counts repeated submissions: WAITAOF waits for its own connection's writes only
+OUTBOX = "headrace:outbox"  #: zset of callbacks by the time they are due (milliseconds)
+CALLBACK = "headrace:callback:"  #: + id: hash, the record of one; outlives its job until it is delivered or given up
+DELIVERIES = "headrace:deliveries"  #: hash, how many callbacks were delivered, and how many failed
 DEPENDENTS = "headrace:dependents"  #: set of ended ids whose dependents RQ's own code has yet to release
 
 

@@ -14,7 +14,7 @@ from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import HeadraceError, InvalidField, UnsupportedRequest
 from core.request import Kind, Request, Result
-from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState, Resume
+from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState, Resume, Webhook
 from jobs.logs import complete, dump, pack_logprob, read_log
 from jobs.reports import WorkerCard
 from jobs.scripting import SEEN
@@ -46,7 +46,7 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
     if row is None:
         return None
     raw = dict(zip(SEEN, row, strict=False))
-    stored, unpacked, before_first, job_id = row[len(SEEN) :]
+    stored, unpacked, before_first, job_id, told = row[len(SEEN) :]
     reason = _text(raw["reason"])
     state = STATES.get(_text(raw["status"]) or "", JobState.QUEUED)
     if state is JobState.FAILED and reason == EXPIRED_REASON:
@@ -78,6 +78,7 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
         error=_read_error(raw["error"], entry) if state is JobState.FAILED else None,
         reason=reason if over else None,
         metadata=json.loads(raw["metadata"] or b"{}"),
+        webhook=_read_webhook(raw, told),
         result_ttl_seconds=int(raw["result_ttl"] or 86_400),
     )
     stale = _text(raw["place"]) != state or (over and raw["closed"] is None)
@@ -195,6 +196,16 @@ def _read_result(entry: Mapping[bytes, bytes], packed: bytes | None, unpacked: S
     if value is None:
         return None
     return complete(json.loads(base64.b64decode(value)), read_log((packed, None, unpacked)))
+
+
+def _read_webhook(raw: Mapping[str, bytes | None], told: Sequence[bytes | None] | None) -> Webhook | None:
+    url = _text(raw["webhook"])
+    if url is None:
+        return None
+    state, attempts, error = told or (None, None, None)
+    return Webhook(
+        url=url, id=_text(raw["callback"]), state=_text(state), attempts=int(attempts or 0), last_error=_text(error)
+    )
 
 
 def _read_error(error: bytes | None, entry: Mapping[bytes, bytes]) -> Wire:

@@ -28,6 +28,7 @@ from tests.model_faults import (
     rq_enqueue,
     rq_requeue,
 )
+from tests.model_hooks import collect, come_for_nothing, note, outlast_leases, resend
 from tests.model_walk import JOBS, World, facts_of
 from tests.model_work import (
     claim,
@@ -56,6 +57,7 @@ def submit(world: World) -> None:
     new = NewJob(
         id=job_id, request=request, resume=pick.choice([*Resume, Resume.WAIT]),
         deadline_seconds=600.0 if world.chance(0.3) else None,
+        webhook="https://hooks.example/" if world.chance(0.6) else None,
     )  # fmt: skip
     try:
         submitted = world.store.submit(new)
@@ -271,6 +273,7 @@ ACTS: dict[Callable[[World], None], int] = {
     page: 2, mourn: 2,
     claim: 20, publish: 14, settle: 8, zombie: 12, release: 5, renew: 4, suspend: 1, suspects_wait: 2,
     expire: 2, lose_patience: 2, forget: 2, promote: 2,
+    collect: 4, note: 5, resend: 2, outlast_leases: 2, come_for_nothing: 1,
     die: 8, fall_silent: 2, leave: 3, mend: 8, mend_nobody: 1,
     push_twice: 2, rq_enqueue: 3, rq_cancel: 2, rq_requeue: 4, rq_clean: 1,
 }  # fmt: skip

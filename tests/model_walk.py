@@ -22,6 +22,7 @@ from core.request import Choice, Result, TokenEvent, TokenLogprob, Usage
 from jobs import audit, commands, keys, scripting
 from jobs.job import FINAL, JobState
 from jobs.logs import read_log
+from jobs.outbox import Callback
 from jobs.runner import _words
 from jobs.scripting import Command
 from jobs.store import ClaimedJob, LoggedEvent, Publication, Store
@@ -34,13 +35,16 @@ CARDS = {"w": CARD, "v": CARD, "u": dataclasses.replace(CARD, dtype="bfloat16"),
 JOBS = 12  #: at a time
 #: Everything about jobs and workers that no answer tells. ARGV: ids.
 LOOK = """
-local call, jobs, held = redis.call, {}, {}
+local call, jobs, held, callbacks = redis.call, {}, {}, {}
 for i, id in ipairs(ARGV) do
   jobs[i] = {call('HGETALL', K.job .. id), call('TTL', K.job .. id) < 0 and 1 or 0}
 end
 for _, key in ipairs(call('KEYS', K.held .. '*')) do held[#held + 1] = {key, call('SMEMBERS', key)} end
+for _, key in ipairs(call('KEYS', K.callback .. '*')) do
+  callbacks[#callbacks + 1] = {key, call('HGETALL', key), call('TTL', key) < 0 and 0 or 1}
+end
 return {jobs, call('SMEMBERS', K.queues), call('ZRANGE', K.leases, 0, -1), call('ZRANGE', K.marks, 0, -1),
-  call('KEYS', K.card .. '*'), held}
+  call('KEYS', K.card .. '*'), held, callbacks, call('ZRANGE', K.outbox, 0, -1)}
 """
 
 
@@ -54,6 +58,8 @@ class World:
         self.zombies: list[ClaimedJob] = []  #: what dead or swept workers still believe
         self.shown: dict[str, list[LoggedEvent]] = {}  #: what somebody outside was shown of each job's run
         self.ids: list[str] = []
+        self.carried: list[Callback] = []  #: what couriers have taken, be it long ago
+        self.told: set[str] = set()  #: every callback there ever was
         self.made = 0
         self.by_rq: set[str] = set()  #: ids that stock RQ moved, and nobody has looked at since
         self.touched: set[str] = set()  #: ids that stock RQ ever moved
@@ -121,15 +127,19 @@ class World:
 
     def check(self, act: str, whole: bool) -> None:
         """``whole``: also of what nobody remembers."""
+        from tests.model_hooks import judge_callbacks, read_records
+
         for job_id in self.ids if whole else ():
             with contextlib.suppress(JobNotFound):
                 self.store.get(job_id)  # mends what stock RQ left behind: it knows nothing of index and log
         self.by_rq -= set(self.ids) if whole else set()
         before = self.views
-        self.views, house = self._take(self.ids)
+        self.views, (*house, callbacks, waiting) = self._take(self.ids)
         self.ids = [job_id for job_id in self.ids if job_id in self.views]
         problems = [f"{job_id}: {each}" for job_id in self.ids for each in self._judge(before.get(job_id), job_id, act)]
         problems += self._judge_house(*house)
+        waits = [name.decode() for name in waiting]
+        problems += judge_callbacks(before, self, act, read_records(callbacks), waits)
         if whole:
             found = (each.split(": ", 1) for each in audit.audit(self.client))
             problems += [f"{job_id}: {each}" for job_id, each in found if not self._left_by_rq(job_id, each)]

@@ -157,7 +157,7 @@ def test_a_priority_out_of_its_bound_is_refused_in_cores_words(priority: int) ->
         ({**PLAIN, "params": {"max_token": 3}}, "params.max_token", "max_tokens"),
         ({"kind": "generate", "input": {"promt": "a"}}, "input.promt", "prompt"),
         ({"kind": "generate", "input": {"messages": [{"rol": "user"}]}}, "input.messages.0.rol", "role"),
-        ({**PLAIN, "webhook": {}}, "webhook", None),
+        ({**PLAIN, "webhook": {"url": "x", "event": []}}, "webhook.event", "events"),
         ({**PLAIN, "prioriti": 1}, "prioriti", "priority"),
     ],
 )

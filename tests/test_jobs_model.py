@@ -90,6 +90,7 @@ MUTANTS = {
     "a birth that leaves the mark": Mutant("birth", "call('ZREM', K.marks, worker)", ""),
     "a birth without a card": Mutant("birth", "call('HSET', K.card .. worker, 'card', ARGV[4])", ""),
     "cancelling what runs at once": Mutant("cancel", "if job.state == 'running' then", "if false then"),
+    "taking what others have": Mutant("collect", "call('ZADD', K.outbox, NOW + tonumber(ARGV[2]), callback)", ""),
     "claiming whatever it finds": Mutant("claim", "if job and job.status ~= 'queued' then", "if not job then"),
     "claiming without raising the fence": Mutant(
         "claim", "call('HINCRBY', key, 'attempt', 1)", "math.max(1, job.attempt) call('HSET', key, 'attempt', attempt)"
@@ -105,6 +106,7 @@ MUTANTS = {
     "deleting what runs": Mutant("delete", "if not is_final(job.state) or (", "if ("),
     "expiring what runs": Mutant("expire", "if job and job.state == 'queued' then", "if job then"),
     "mending a job into no list": Mutant("mend", "  put_back(id, job)\n  return 'put it at", "  return 'put it at"),
+    "noting whatever is said": Mutant("note", "or (state ~= 'delivered' and tonumber(attempts) ~= attempt)", ""),
     "promoting what is not scheduled": Mutant("promote", "if job and job.status == 'scheduled' then", "if job then"),
     "publishing without a fence": Mutant("publish", "if not job or job.attempt ~= attempt then", "if not job then"),
     "publishing twice": Mutant("publish", "if number >= job.events then", "if true then"),
@@ -116,6 +118,7 @@ MUTANTS = {
     "reindexing nothing": Mutant("reindex", "if job.place ~= job.state then", "if false then"),
     "releasing without a fence": Mutant("release", "job.attempt ~= attempt or job.status ~= 'started'", "false"),
     "a beat that tells of no lost reply": Mutant("renew", "if not known[member] then", "if false then"),
+    "resending at some time": Mutant("resend", "call('ZADD', K.outbox, NOW, job.callback)", ""),
     "retrying what succeeded": Mutant("retry", "if job.state ~= 'failed' or (", "if not is_final(job.state) or ("),
     "retrying with the old log": Mutant("retry", "reopen(id, job)", ""),
     "settling without a fence": Mutant("settle", "if not job or job.attempt ~= attempt then", "if not job then"),
@@ -130,6 +133,7 @@ MUTANTS = {
     "indexing twice": Mutant("lib/base", "    call('ZREM', K.index .. job.kind .. ':' .. job.place, id)\n", ""),
     "packing what the result does not have": Mutant("lib/log", "(inline and 'I' or 'R')", "'R'"),
     "packing small numbers only": Mutant("lib/log", "number = math.floor(number / 128)", "number = 0"),
+    "letting go of what is to be delivered": Mutant("lib/outbox", "'state') ~= 'pending' then", "'state') then"),
     "requeueing what was cancelled": Mutant("lib/moves", "if job.cancel_requested then return", "if false then return"),
     "handing back to another class": Mutant("lib/moves", "CLASSES[job.class].list", "K.ready"),
     "ending twice": Mutant("lib/moves", "if job.closed or not is_final", "if not is_final"),

@@ -115,6 +115,7 @@ def _with_options(invocation: Invocation, body: Mapping[str, Any]) -> Mapping[st
     extra = {"model": arguments.model, "deadline_seconds": arguments.deadline_seconds}
     extra["refuse_if_late"] = arguments.refuse_if_late or None
     extra |= {"resume": arguments.resume, "cache_salt": arguments.cache_salt, "priority": arguments.priority}
+    extra["webhook"] = {"url": arguments.webhook} if arguments.webhook else None
     return {**body_of(body, **invocation.sampling()), **{k: v for k, v in extra.items() if v is not None}}
 
 
@@ -196,6 +197,7 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--refuse-if-late", action="store_true", help="take no job that the queue keeps beyond that")
     parser.add_argument("--cache-salt", metavar="TEXT", help="share cached prompts only with jobs that say the same")
+    parser.add_argument("--webhook", metavar="URL", help="is told when the job has ended")
     add_sampling(parser)
 
 

@@ -15,7 +15,7 @@ local FIELDS = {
   'status', 'attempt', 'crashes', 'kind', 'model', 'place', 'reason', 'events', 'tokens', 'ticket', 'closed',
   'settled', 'published_attempt', 'cancel_requested', 'deadline_at', 'suspect_at', 'result_ttl', 'failure_ttl',
   'worker_name', 'ended_at', 'rate_limit_key', 'engine', 'resume', 'waiting_for', 'read', 'first_token',
-  'text_bytes', 'priority',
+  'text_bytes', 'webhook', 'callback', 'priority',
 }
 -- The classes of the queue, the most urgent one first: in which list a job waits, and what it is counted by.
 local CLASSES = {
@@ -86,7 +86,7 @@ local function before_first(class)
 end
 
 -- What a poll answers: SEEN's values, the last result entry, what of the log is not packed, what to take from a queued
--- job's ticket to have its position, and the id.
+-- job's ticket to have its position, the id, and how far its callback has got.
 local function read(id)
   local row = call('HMGET', K.job .. id, unpack(SEEN))
   if not row[1] then return false end
@@ -98,6 +98,7 @@ local function read(id)
   row[#SEEN + 2] = unpacked and call('XRANGE', K.events .. id, '-', '+') or false
   row[#SEEN + 3] = state == 'queued' and before_first(class_of(tonumber(row[#SEEN] or 0)))
   row[#SEEN + 4] = id
+  row[#SEEN + 5] = row[2] and call('HMGET', K.callback .. row[2], 'state', 'attempts', 'error') or false
   return row
 end
 

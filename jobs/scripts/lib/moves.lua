@@ -41,6 +41,7 @@ local function forget(id, job)
   pass(id, job)
   move(id, job, nil)
   unlist(id)
+  let_go(id, job)
   call('DEL', K.job .. id, K.results .. id)
   call('EXPIRE', K.events .. id, 60)
 end
@@ -80,6 +81,7 @@ local function reopen(id, job)
   call('PERSIST', K.job .. id)
   call('PERSIST', K.results .. id)
   unlist(id)
+  let_go(id, job)
   job.closed, job.tokens, job.text_bytes, job.cancel_requested = false, 0, 0, false
   local patience = tonumber(call('HGET', K.job .. id, 'deadline_in') or nil)
   if patience then
@@ -110,6 +112,7 @@ local function finish(id, job, state, how)
   if job.ticket == 0 then call('HDEL', K.job .. id, 'ticket') end
   if state == 'succeeded' then call('HDEL', K.job .. id, 'deaths') end
   write_result(id, job, status, how)
+  call_back(id, job)
   local seconds = keep(job)
   call('ZADD', REGISTRY[status], status == 'canceled' and SECONDS or seconds < 0 and '+inf' or SECONDS + seconds, id)
   if how.reason == 'poison_job' then call('ZADD', K.dead, NOW, id) end
@@ -139,6 +142,7 @@ local function note_end(id, job)
   call('HDEL', K.job .. id, 'cancel_requested')
   if not job.ended_at or job.ended_at == '' then call('HSET', K.job .. id, 'ended_at', stamp()) end
   call('ZREM', K.deadlines, id)
+  call_back(id, job)
   pack_log(id, true)
   if call('TTL', K.job .. id) < 0 then retain(id, job, math.max(keep(job), 1)) end
 end
