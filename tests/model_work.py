@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import redis
 
@@ -54,7 +55,7 @@ def claim(world: World) -> None:
         mine.update({job.id: job for job in got.jobs})
 
 
-def _must_hold(world: World, name: str, lists: dict[str, list[str]]) -> bool | None:
+def _must_hold(world: World, name: str, lists: Mapping[str, Sequence[str]]) -> bool | None:
     """Whether a busy worker is to empty itself for a suspect that has waited for two seconds; None: nobody knows."""
     card, ages = CARDS[name], []
     if not world.held[name] or world.client.get(keys.HOLD) not in (None, name.encode()):
