@@ -20,7 +20,7 @@ from jobs import scripting
 from jobs.store import Store
 from tests.conftest import Server, start_valkey
 from tests.jobs_world import settings
-from tests.model_walk import walk
+from tests.model_walk import SETTINGS, walk
 
 FOLDER = scripting.FOLDER
 ROOT = Path(__file__).parent.parent
@@ -153,7 +153,7 @@ class House:
         except redis.RedisError:  # a script that never ends
             self.close()
             self._start()
-        store = Store(settings(self.server.url, durability="memory"))
+        store = Store(settings(self.server.url, **SETTINGS))
         signal.alarm(LONGEST_SECONDS)
         try:
             walk(store, seed, steps)

@@ -15,31 +15,12 @@ from jobs import commands, dead_letters, keys
 from jobs.job import FINAL, JobState, NewJob, Resume
 from jobs.memory import MemoryReport
 from jobs.scripting import Command
-from tests.jobs_world import pass_deadline
-from tests.model_faults import (
-    die,
-    fall_silent,
-    leave,
-    mend,
-    mend_nobody,
-    push_twice,
-    rq_cancel,
-    rq_clean,
-    rq_enqueue,
-    rq_requeue,
-)
-from tests.model_walk import JOBS, World, facts_of
-from tests.model_work import (
-    claim,
-    publish,
-    release,
-    renew,
-    settle,
-    stands_where_it_should,
-    suspects_wait,
-    suspend,
-    zombie,
-)
+from tests.model_claim import claim, suspects_wait, suspend
+from tests.model_clock import expire, forget, lose_patience, promote
+from tests.model_faults import die, fall_silent, leave, mend, mend_nobody
+from tests.model_rq import push_twice, rq_cancel, rq_clean, rq_enqueue, rq_requeue
+from tests.model_walk import JOBS, World, gone
+from tests.model_work import publish, release, renew, settle, zombie
 
 S = JobState
 
@@ -150,13 +131,7 @@ def delete(world: World) -> None:
             assert not over_now, f"{job_id} has ended, and cannot be deleted"
             return
         assert over_now, f"{job_id} was deleted before its end"
-        _gone(world, job_id)
-
-
-def _gone(world: World, job_id: str) -> None:
-    _, _, places, index, *_ = facts_of(world, job_id)
-    left = [name for name in (keys.JOB, keys.RESULTS, keys.EVENTS) if world.client.exists(f"{name}{job_id}")]
-    assert (places, index, left) == ({}, {}, []), f"left of {job_id}"
+        gone(world, job_id)
 
 
 def show(world: World) -> None:
@@ -208,59 +183,6 @@ def _page(world: World, states: Collection[S]) -> set[str]:
     jobs, stale = world.store._runner.run(ask)
     assert stale == [], f"not put right: {stale}"
     return {job.id for job in jobs}
-
-
-# -- what the clock does
-
-
-def expire(world: World) -> None:
-    if job_id := world.any_id():
-        view = world.views[job_id]
-        if "deadline_at" in view.fields or view.job.state is not S.QUEUED:
-            pass_deadline(world.client, job_id)
-            if view.job.state is S.QUEUED and world.chance(0.5):
-                return  # whoever claims it finds out
-            world.client.zadd(keys.DEADLINES, {job_id: 1})  # perhaps of a job that waits no more
-    world.store.expire()
-    if job_id and view.job.state is S.QUEUED and "deadline_at" in view.fields and job_id not in world.touched:
-        assert world.look(job_id).job.state is S.EXPIRED
-
-
-def lose_patience(world: World) -> None:
-    waiting = [job_id for job_id in world.ids if "waits" in world.views[job_id].facts.places]
-    for job_id in {*waiting, world.any_id() or "nobody"}:  # the last one waits for nobody
-        world.client.zadd(keys.WAITS, {job_id: 1})
-    world.store.expire()
-    for job_id in set(waiting) - world.touched:
-        view = world.look(job_id)
-        assert view.job.state is S.EXPIRED or (view.job.state, view.job.reason) == (S.FAILED, "engine_changed")
-        assert job_id in world.pushed or view.job.state is S.EXPIRED or not view.facts.lists
-
-
-def forget(world: World) -> None:
-    over = [job_id for job_id in world.ids if world.views[job_id].job.state in FINAL and job_id not in world.by_rq]
-    if len(over) > 4:
-        job_id = world.random.choice(over)
-        world.client.zadd(keys.RETENTION, {job_id: 1})
-        if world.chance(0.3):  # Redis was quicker
-            world.client.delete(f"{keys.JOB}{job_id}", f"{keys.RESULTS}{job_id}")
-        world.store.expire()
-        _gone(world, job_id)
-    elif (waiting := world.any_id(S.QUEUED)) and not world.by_rq:
-        world.client.zadd(keys.RETENTION, {waiting: 1})
-        world.store.expire()
-        assert world.look(waiting).job.state in (S.QUEUED, S.EXPIRED)
-
-
-def promote(world: World) -> None:
-    due = {job_id: world.views[job_id] for job_id in world.ids if world.views[job_id].fields["status"] == "scheduled"}
-    for job_id in {*due, world.any_id() or "nobody"}:  # RQ's scheduler may leave one behind
-        world.client.zadd(keys.SCHEDULED, {job_id: 1})
-    world.store.promote()
-    for job_id, view in due.items():
-        after = world.look(job_id)
-        assert (after.fields["status"], after.fields["enqueued_at"] > view.fields["enqueued_at"]) == ("queued", True)
-        assert len(due) > 1 or stands_where_it_should(world, after)
 
 
 #: Each act, and how likely it is.

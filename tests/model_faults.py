@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-
-from rq import Queue, Retry
-from rq.job import Job as RqJob
-from rq.registry import StartedJobRegistry
-from rq.serializers import JSONSerializer
 
 from jobs import audit, commands, keys
 from jobs.job import FINAL, JobState
@@ -16,8 +10,9 @@ from jobs.reports import WorkerCard
 from jobs.scripting import Command
 from jobs.work import Beat, ReapReport
 from tests.jobs_world import born, outlast_grace, wipe_lease
+from tests.model_house import CARDS
 from tests.model_judge import View
-from tests.model_walk import CARDS, JOBS, World, facts_of
+from tests.model_walk import World, facts_of
 
 S = JobState
 Hurt = list[list[object]]  #: commands
@@ -211,52 +206,3 @@ def mend_nobody(world: World) -> None:
     audit.mend(world.client, "ghost")
     assert [*map(len, facts_of(world, "ghost")[1:5])] == [0, 0, 0, 0]
     assert not world.client.sismember(f"{keys.HELD}w", "ghost:3")
-
-
-# -- stock RQ: it knows nothing of index and log
-
-
-def rq_enqueue(world: World) -> None:
-    if len(world.ids) >= JOBS:
-        return
-    world.made += 1
-    job_id, kind = f"j{world.made}", world.random.choice(("generate", "predict"))
-    wire = {"input": {"token_ids": [1]}} if kind == "predict" else {"input": {"prompt": "x"}}
-    model = world.random.choice(({}, {}, {"model": "other"}, {"model": "nobody's"}))
-    retry = Retry(max=2, interval=[0, 5]) if world.chance(0.3) else None
-    queue = Queue("generate", connection=world.client, serializer=JSONSerializer)
-    queue.enqueue(f"headrace.{kind}", {**wire, **model}, job_id=job_id, retry=retry)
-    world.ids.append(job_id)
-    world.touch(job_id)
-    world.views[job_id] = world.look(job_id)
-
-
-def push_twice(world: World) -> None:
-    if job_id := world.any_id(*(set(S) - {S.QUEUED})):
-        world.client.rpush(keys.READY, job_id)
-        world.pushed.add(job_id)
-
-
-def rq_cancel(world: World) -> None:
-    if job_id := world.any_id(S.QUEUED, S.RUNNING):  # RQ would let one cancel what has ended
-        world.touch(job_id)
-        _rq_job(world, job_id).cancel()
-
-
-def rq_requeue(world: World) -> None:
-    if job_id := world.any_id(S.FAILED) if world.chance(0.5) else world.any_id():
-        world.touch(job_id)
-        _rq_job(world, job_id).requeue()
-        if world.chance(0.4):  # its old end is noted still
-            world.client.zadd(keys.RETENTION, {job_id: 1})
-            world.store.expire()
-            assert world.client.ttl(f"{keys.JOB}{job_id}") == -1, f"{job_id} waits, and will be forgotten"
-
-
-def rq_clean(world: World) -> None:
-    """A dashboard on a fast clock."""
-    StartedJobRegistry("generate", connection=world.client, serializer=JSONSerializer).cleanup(time.time() + 9_999)
-
-
-def _rq_job(world: World, job_id: str) -> RqJob:
-    return RqJob.fetch(job_id, connection=world.client, serializer=JSONSerializer)

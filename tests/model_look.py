@@ -13,7 +13,7 @@ from jobs.logs import read_log
 from jobs.runner import _words
 from jobs.scripting import Command
 from jobs.store import Store
-from tests.model_judge import View
+from tests.model_judge import Kept, View
 
 KEEP = 86_400  #: of the jobs that do not say, in seconds
 
@@ -23,7 +23,8 @@ local call, found = redis.call, {}
 for _, id in ipairs(ARGV) do
   local key = K.job .. id
   found[id] = {table.concat(call('HGETALL', key), ' '), call('TTL', key) < 0 and 1 or 0, call('XLEN', K.events .. id),
-    call('XLEN', K.results .. id)}
+    call('PTTL', K.events .. id) < 0 and 1 or 0, call('XLEN', K.results .. id),
+    call('TTL', K.results .. id) < 0 and 1 or 0}
 end
 local function note(members, where)
   for _, member in ipairs(members) do
@@ -35,7 +36,8 @@ for _, name in ipairs({'wip', 'scheduled', 'deferred', 'finished', 'failed', 'ca
   'waits', 'dead'}) do note(call('ZRANGE', K[name], 0, -1), name) end
 for _, kind in ipairs({'generate:', 'predict:'}) do
   for _, state in ipairs({'queued', 'running', 'succeeded', 'failed', 'cancelled', 'expired'}) do
-    note(call('ZRANGE', K.index .. kind .. state, 0, -1), kind .. state)
+    local members = call('ZRANGE', K.index .. kind .. state, 0, -1, 'WITHSCORES')
+    for i = 1, #members, 2 do note({members[i]}, kind .. state .. members[i + 1]) end
   end
 end
 note(call('SMEMBERS', K.unpacked), 'unpacked')
@@ -53,12 +55,27 @@ for i, key in ipairs(call('KEYS', K.held .. '*')) do
   house.held[i] = {key, call('SMEMBERS', key)}
   note(house.held[i][2], key)
 end
+house.tickets, house.passed = tonumber(call('GET', K.tickets) or 0), tonumber(call('GET', K.passed) or 0)
+house.ended, house.counts_stay, house.wakes = 0, false, {}
+for _, key in ipairs(call('KEYS', K.rate .. '*')) do
+  house.ended = house.ended + call('GET', key)
+  house.counts_stay = house.counts_stay or call('TTL', key) < 0
+end
+for i, key in ipairs(call('KEYS', K.wake .. '*')) do house.wakes[i] = {key, call('LLEN', key)} end
 local texts = {}
 for i, id in ipairs(ARGV) do texts[i] = table.concat(found[id], ' ') end
 return {cjson.encode(house), texts}
 """
-#: One job's hash, and whether Redis will not forget it.
-STARE = "return {redis.call('HGETALL', K.job .. ARGV[1]), redis.call('TTL', K.job .. ARGV[1]) < 0 and 1 or 0}"
+#: One job's hash, and what is kept beside it, and how long. ARGV: id.
+STARE = """
+local call, id = redis.call, ARGV[1]
+local place = call('HMGET', K.job .. id, 'kind', 'place')
+local clock = call('TIME')
+return {call('HGETALL', K.job .. id), clock[1] * 1000 + math.floor(clock[2] / 1000), call('TTL', K.job .. id),
+  call('TTL', K.results .. id), call('PTTL', K.events .. id), call('ZSCORE', K.retention, id) or '0',
+  place[2] and call('ZSCORE', K.index .. (place[1] or 'generate') .. ':' .. place[2], id) or '0',
+  call('ZRANGE', K.executions .. id, 0, -1)}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +87,11 @@ class House:
     leases: Sequence[str]
     marks: Sequence[str]
     cards: Sequence[str]
+    tickets: int  #: given out
+    passed: int  #: by the estimate
+    ended: int  #: jobs that count for the speed
+    counts_stay: bool  #: such a count is kept for ever
+    wakes: Mapping[str, int]  #: tokens for whom an empty worker waits
 
 
 class Eye:
@@ -109,16 +131,27 @@ class Eye:
 
 def _house(found: Wire) -> House:
     """Lua does not tell an empty list from an empty object."""
-    lists, held = ({key: list(members) for key, members in found[name]} for name in ("lists", "held"))
-    leases, marks, cards = (list(found[name]) for name in ("leases", "marks", "cards"))
-    return House(lists=lists, held=held, leases=leases, marks=marks, cards=cards)
+    lists, held = ({key: list(members) for key, members in found.pop(name)} for name in ("lists", "held"))
+    leases, marks, cards = (list(found.pop(name)) for name in ("leases", "marks", "cards"))
+    return House(
+        lists=lists, held=held, leases=leases, marks=marks, cards=cards, wakes=dict(found.pop("wakes")), **found
+    )
 
 
 def _view(job_id: str, fact: Any, found: Any, row: Any, log: Any) -> View | None:
-    fields, stays = found
+    fields, now, lives, results_live, events_live, ends, born, attempts = found
     if not fields:
         return None
     texts = {
         name.decode(): value.decode(errors="replace") for name, value in zip(fields[::2], fields[1::2], strict=True)
     }
-    return View(commands.get(job_id).decode(row).job, read_log(log), texts, bool(stays), audit._facts(fact))
+    kept = Kept(
+        seen_at=now,
+        seconds=lives,
+        results_seconds=results_live,
+        events_ms=events_live,
+        until=float(ends),
+        born=float(born),
+        executions=[int(attempt) for attempt in attempts],
+    )
+    return View(commands.get(job_id).decode(row).job, read_log(log), texts, audit._facts(fact), kept)

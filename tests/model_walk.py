@@ -7,11 +7,10 @@ RQ's own tools take part.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -23,14 +22,18 @@ from jobs import audit, commands, keys
 from jobs.job import FINAL, JobState
 from jobs.scripting import Command
 from jobs.store import ClaimedJob, LoggedEvent, Publication, Store
-from tests.jobs_world import CARD, OTHER, born
+from tests.jobs_world import born
+from tests.model_house import CARDS, judge_counts, judge_positions, judge_wakes, judge_workers
 from tests.model_judge import IDS, View, judge_answer, judge_change, judge_job, judge_ours
 from tests.model_look import Eye, House
 
 S = JobState
-#: Two compute alike, one otherwise: what it may go on with, a job's resume policy and its readers decide.
-CARDS = {"w": CARD, "v": CARD, "u": dataclasses.replace(CARD, dtype="bfloat16"), "o": OTHER}
 JOBS = 12  #: at a time
+SETTINGS: Mapping[str, Any] = {
+    "durability": "memory",
+    "lease_seconds": 60.0,
+    "grace_seconds": 60.0,
+}  #: of a walk's store
 
 
 class World:
@@ -52,8 +55,10 @@ class World:
         self.small = seed % 2 == 1  #: one call of a script does little, and is to be called again
         store._runner.load()
         self._eye = Eye(store)
+        self.credit = 0  #: ended jobs that are counted for the speed, and never were
         for name, card in CARDS.items():
             born(store, name, card=card)
+        self._judged: tuple[House, dict[str, View]] = (self._eye.look(())[1], {})
 
     # -- what acts are made of
 
@@ -111,11 +116,15 @@ class World:
             with contextlib.suppress(JobNotFound):
                 self.store.get(job_id)  # mends it: RQ knows nothing of index and log
             self.by_rq.discard(job_id)
-        before = self.views
+        before, (old, judged) = self.views, self._judged
         self.views, house = self._eye.look(self.ids)
         self.ids = [job_id for job_id in self.ids if job_id in self.views]
+        self._judged = house, dict(self.views)
         problems = [f"{job_id}: {each}" for job_id in self.ids for each in self._judge(before.get(job_id), job_id, act)]
-        problems += self._judge_house(house)
+        problems += [*judge_workers(house, self.views, self.touched), *judge_wakes(house, self.views, self.touched)]
+        problems += judge_counts(old, house, judged, self.views, self.touched, self.credit)
+        problems += judge_positions(old, house, judged, self.views) if act != "forget" else ()
+        self.credit = 0
         if number % 64 == 0:
             found = (each.split(": ", 1) for each in audit.audit(self.client))
             problems += [f"{job_id}: {each}" for job_id, each in found if not self._left_by_rq(job_id, each)]
@@ -140,18 +149,6 @@ class World:
         """Stock RQ may put an id into the queue twice: the second falls out when it is claimed."""
         return job_id in self.pushed and ", and is in [" in problem
 
-    def _judge_house(self, house: House) -> Iterator[str]:
-        """Every worker lives between two acts, and holds what it runs."""
-        found = {*house.leases}, {key.removeprefix(keys.CARD) for key in house.cards}
-        if found != (set(CARDS), set(CARDS)) or house.marks:
-            yield f"leases {found[0]}, cards {found[1]}, marks {house.marks}"
-        for key, members in house.held.items():
-            for job_id, attempt in (member.rsplit(":", 1) for member in members):
-                view = self.views.get(job_id)
-                runs = view and view.job.state is S.RUNNING and view.job.attempt == int(attempt)
-                if job_id not in self.touched and not (runs and key == f"{keys.HELD}{view and view.job.worker}"):
-                    yield f"{key} has attempt {attempt} of {job_id}"
-
 
 def answer_of(log: Sequence[LoggedEvent]) -> Result:
     """The result that a log's events make."""
@@ -168,7 +165,7 @@ def walk(store: Store, seed: int, steps: int) -> World:
     with pytest.MonkeyPatch.context() as patch:
         if seed % 2 == 1:
             patch.setattr(commands, "SWEEP", 2)
-            patch.setattr(commands, "LOOKS", 4)
+            patch.setattr(commands, "LOOKS", 2)
         world = World(store, seed)
         _take_steps(world, steps)
     return world
@@ -195,3 +192,10 @@ def facts_of(world: World, job_id: str) -> Any:
     lists = audit.queue_lists(world.client)
     [(answer, _)] = world.store._runner.run(Command("examine", [len(lists), *lists, job_id], list))
     return json.loads(answer)
+
+
+def gone(world: World, job_id: str) -> None:
+    """Nothing is left of a job."""
+    _, _, places, index, *_ = facts_of(world, job_id)
+    left = [name for name in (keys.JOB, keys.RESULTS, keys.EVENTS) if world.client.exists(f"{name}{job_id}")]
+    assert (places, index, left) == ({}, {}, []), f"left of {job_id}"

@@ -20,7 +20,7 @@ from jobs.store import Store
 from tests.conftest import start_valkey
 from tests.jobs_world import settings
 from tests.model_acts import ACTS
-from tests.model_walk import walk
+from tests.model_walk import SETTINGS, walk
 
 STEPS = int(os.environ.get("HEADRACE_MODEL_STEPS", "5000"))
 SEED = int(os.environ.get("HEADRACE_MODEL_SEED", "0"))
@@ -42,7 +42,7 @@ def quick_url() -> Iterator[str]:
 
 @pytest.fixture
 def store(quick_url: str) -> Iterator[Store]:
-    store = Store(settings(quick_url, durability="memory"))
+    store = Store(settings(quick_url, **SETTINGS))
     store.connection.flushall()
     yield store
     store.close()
