@@ -35,14 +35,21 @@ def submit(world: World) -> None:
     request = Request(prompt=job_id, model=pick.choice((None, None, None, "Toy", "other")))
     new = NewJob(
         id=job_id, request=request, resume=pick.choice([*Resume, Resume.WAIT]),
-        deadline_seconds=600.0 if world.chance(0.3) else None,
+        deadline_seconds=600.0 if world.chance(0.3) else None, refuse_if_late=world.chance(0.5),
+        result_ttl_seconds=pick.choice((86_400, 86_400, 500, 7200)),
     )  # fmt: skip
+    world.client.srem(keys.QUEUES, keys.READY)
     try:
         submitted = world.store.submit(new)
     except JobNotFound as error:
         raise AssertionError("submitted, and not there") from error
     assert (submitted.created, submitted.job.state, submitted.job.model) == (True, S.QUEUED, request.model)
     assert world.client.lindex(keys.READY, -1) == job_id.encode(), "not at the queue's end"
+    assert world.client.sismember(keys.QUEUES, keys.READY), "RQ does not know of the queue"
+    if world.chance(0.3):  # its failures are kept otherwise
+        world.client.hset(f"{keys.JOB}{job_id}", "failure_ttl", pick.choice((-1, 900)))
+    if world.ids and world.chance(0.3) and (born := world.views[world.ids[-1]].kept.born):
+        world.client.zadd(f"{keys.INDEX}generate:queued", {job_id: born})  # they came in one microsecond
     if world.chance(0.3):
         fields = {
             "retries_left": pick.choice((1, 2)),
@@ -56,7 +63,18 @@ def submit(world: World) -> None:
 
 def submit_too_much(world: World) -> None:
     """A full queue, a full memory and a queue that is too long for the deadline: refused, and nothing is there."""
+    if world.chance(0.5):  # more ended of late
+        key = f"{keys.RATE}{world.client.time()[0] // 10 - world.random.randint(0, 8)}"
+        world.client.incrby(key, 5)
+        world.client.expire(key, 300)
+        world.credit = 5
+    (now, _), speeds = world.client.time(), {}
+    for bucket in range(now // 10 - 6, now // 10 + 1):
+        speeds[bucket] = int(world.client.get(f"{keys.RATE}{bucket}") or 0)
     store, report = world.store, world.store.queue()
+    oldest = min((bucket for bucket, number in speeds.items() if number), default=now // 10)
+    speed = sum(speeds.values()) / max(10, now - oldest * 10)
+    assert world.client.time()[0] != now or abs(report.completions_per_second - speed) <= speed / 10
     queued, speed = report.states[S.QUEUED], report.completions_per_second
     job = NewJob(id="never", request=Request(prompt="x"), deadline_seconds=0.001, refuse_if_late=True)
     few = dataclasses.replace(store._settings, max_queued=max(queued, 1))
@@ -87,11 +105,15 @@ def ask_for_nobody(world: World) -> None:
         except JobNotFound:
             continue
         raise AssertionError(f"{ask.__name__} found nobody")
+    assert world.store._runner.run(commands.show("nobody", -1)) == []
+    assert not world.client.exists(f"{keys.JOB}nobody"), "shown, and there"
 
 
 def submit_again(world: World) -> None:
     if (job_id := world.any_id()) and job_id not in world.touched:
+        repeats = int(world.client.get(keys.REPEATS) or 0)
         again = world.store.submit(NewJob(id=job_id, request=Request(prompt="y")))
+        assert int(world.client.get(keys.REPEATS)) == repeats + 1, "nothing was written that could be waited for"
         assert (again.created, again.job.state) == (False, world.views[job_id].job.state)
         assert again.job.request is not None
         assert again.job.request.prompt == job_id
@@ -109,14 +131,21 @@ def cancel(world: World) -> None:
 
 def retry(world: World) -> None:
     if job_id := world.any_id(S.FAILED) if world.chance(0.8) else world.any_id():
-        before, dead = world.look(job_id).job, dead_letters.ONLY_DEAD if world.chance(0.2) else ""
+        now, before, dead = (
+            world.client.time()[0],
+            world.look(job_id).job,
+            dead_letters.ONLY_DEAD if world.chance(0.2) else "",
+        )
         [moved, *_] = world.store._runner.run(Command("retry", [job_id, dead], list))
         may = before.state is S.FAILED and (not dead or before.reason == "poison_job")
         assert (moved == dead_letters.MOVED) == may, f"retry {dead} of {before.state}, {before.reason}: {moved}"
         if may:
             view = world.look(job_id)
             assert (view.job.state, view.job.error, view.log, view.job.started_at) == (S.QUEUED, None, [], None)
-            assert view.number("deadline_at") > world.client.time()[0] * 1000 or "deadline_in" not in view.fields
+            patience = view.number("deadline_in")
+            assert view.number("deadline_at") >= now * 1000 + patience or not patience, (
+                "it has not its whole time again"
+            )
             suspect = [key.startswith(keys.SUSPECTS) for key, _ in view.facts.lists]
             assert job_id in world.pushed or suspect == [view.job.crashes >= 2]
 
@@ -149,16 +178,36 @@ def show(world: World) -> None:
 
 def mourn(world: World) -> None:
     """Dead letters are listed, all of them and nothing else; what is dead no more is dropped."""
-    jobs = [view.job for view in world.look_at(world.ids).values()]
-    if job_id := world.any_id() if world.chance(0.3) else None:
-        world.client.zadd(keys.DEAD, {job_id: 1})
-    dead = {job.id for job in jobs if (job.state, job.reason) == (S.FAILED, "poison_job")}
-    assert {job.id for job in world.store._runner.run(dead_letters.page(None, 100)).jobs} == dead
-    assert {job_id.decode() for job_id in world.client.zrange(keys.DEAD, 0, -1)} == dead
+    views = world.look_at(world.ids)
+    dead = [job_id for job_id, view in views.items() if (view.job.state, view.job.reason) == (S.FAILED, "poison_job")]
+    for job_id in (world.any_id(S.FAILED), world.any_id(), "ghost") if world.chance(0.5) else ():
+        if job_id and job_id not in dead:
+            world.client.zadd(keys.DEAD, {job_id: world.random.choice((1, 9e15))})
+    limit = world.random.choice((1, 2, 100))
+    assert {*_page_dead(world, limit)} == {*dead}
+    if limit < 100:
+        world.store._runner.run(dead_letters.page(None, 100))  # drops the rest of what is none
+    found = [job_id.decode() for job_id in world.client.zrevrange(keys.DEAD, 0, -1)]
+    assert ({*found}, _page_dead(world, limit)) == ({*dead}, found)
+    last = world.store._runner.run(dead_letters.page(None, max(len(found), 1)))
+    assert ([job.id for job in last.jobs], last.more) == (found, False)
     if job_id := world.any_id(S.FAILED, S.QUEUED) if world.chance(0.5) else None:
+        job_id = world.random.choice([job_id, *dead])
         job = world.look(job_id).job
         [moved, *_] = world.store._runner.run(Command("delete", [job_id, dead_letters.ONLY_DEAD], list))
         assert (moved == dead_letters.MOVED) == (job_id in dead), f"{job.state}, {job.reason}: {moved}"
+
+
+def _page_dead(world: World, limit: int) -> list[str]:
+    """All dead letters, page by page, as a purge reads them."""
+    found: list[str] = []
+    for _ in range(10 * JOBS):
+        page = world.store._runner.run(dead_letters.page(found[-1] if found else None, limit))
+        assert len(page.jobs) <= limit
+        found += [job.id for job in page.jobs]
+        if not page.more:
+            return found
+    raise AssertionError("there always is more")
 
 
 def page(world: World) -> None:

@@ -8,14 +8,18 @@ from core.request import Request
 from jobs import keys
 from jobs.job import JobState, Resume
 from tests.model_house import CARDS
+from tests.model_judge import View
 from tests.model_walk import World
 
 S = JobState
 
 
 def claim(world: World) -> None:
-    name, room, before = world.random.choice("wwvuuuo"), world.random.choice((0, 1, 2, 4)), world.lists()
-    card, mine = CARDS[name], world.held[name]
+    claim_as(world, world.random.choice("wwvuuuo"), world.random.choice((0, 1, 2, 4)))
+
+
+def claim_as(world: World, name: str, room: int) -> None:
+    before, card, mine = world.lists(), CARDS[name], world.held[name]
     hold = _must_hold(world, name, before)
     got = world.store.claim(name, card, room, len(mine))
     assert room == 0 or hold in (None, got.hold), f"hold: {got.hold}"
@@ -38,10 +42,18 @@ def claim(world: World) -> None:
         assert not view.drawn or view.job.resume is Resume.ANY or view.fields["engine"] == card.identity
         assert (job.deadline_in_seconds or 1) > 0, f"{job.id}: too late, and claimed"
     routed = {*before[keys.READY]} & world.touched  # perhaps: it was taken, and given to another model
+    after = world.lists()
+    if room and mine and not got.hold:
+        for key in _suspects(name):
+            assert _waits(world, before, key) or not before.get(key) or after[key] != before[key], (
+                f"{key} has a stale head"
+            )
     if len(got.jobs) < room and not (got.alone or got.hold or got.more or routed):
-        after = world.lists()
         for key in (f"{keys.LIKE}{card.identity}", f"{keys.MODEL_READY}{card.name}", keys.READY):
             assert not after.get(key), f"{name} left {after[key]} in {key}"
+        if not world.by_rq and all(view.job.state is not S.QUEUED for view in world.look_at(world.ids).values()):
+            tickets, passed = (int(number or 0) for number in world.client.mget(keys.TICKETS, keys.PASSED))
+            assert tickets == passed, f"nobody waits, and {passed} of {tickets} passed"
     for ids in before.values():
         places = [ids.index(job.id) for job in got.jobs if job.id in ids and job.id not in world.pushed]
         assert places == sorted(places), f"{got.jobs} out of {ids}"
@@ -51,14 +63,24 @@ def claim(world: World) -> None:
 
 def _must_hold(world: World, name: str, lists: Mapping[str, Sequence[str]]) -> bool | None:
     """Whether a busy worker is to empty itself for a suspect that has waited for two seconds; None: nobody knows."""
-    card, ages = CARDS[name], []
+    ages = []
     if not world.held[name] or world.client.get(keys.HOLD) not in (None, name.encode()):
         return False
-    for key in (f"{keys.LIKE_SUSPECTS}{card.identity}", f"{keys.SUSPECTS}.{card.name}", keys.SUSPECTS):
-        view = world.views.get((lists.get(key) or [""])[0])
-        if view and view.job.state is S.QUEUED:
+    for key in _suspects(name):
+        if view := _waits(world, lists, key):
             ages.append(world.client.time()[0] * 1000 - view.number("suspect_at"))
     return True if any(age > 3_000 for age in ages) else False if all(age < 0 for age in ages) else None
+
+
+def _suspects(name: str) -> tuple[str, ...]:
+    """The lists of suspects that a worker looks at."""
+    return f"{keys.LIKE_SUSPECTS}{CARDS[name].identity}", f"{keys.SUSPECTS}.{CARDS[name].name}", keys.SUSPECTS
+
+
+def _waits(world: World, lists: Mapping[str, Sequence[str]], key: str) -> View | None:
+    """The job at a list's head, if it is one that waits."""
+    view = world.views.get((lists.get(key) or [""])[0])
+    return view if view and view.fields["status"] == "queued" else None
 
 
 def suspend(world: World) -> None:
@@ -75,7 +97,13 @@ def suspend(world: World) -> None:
 
 
 def suspects_wait(world: World) -> None:
+    """Suspects have waited for long: the first busy worker that sees one takes nothing any more, and no other does."""
     for key, ids in world.lists().items():
         for job_id in ids if key.startswith(keys.SUSPECTS) else ():
             if job_id in world.ids and world.views[job_id].job.state is S.QUEUED:
                 world.client.hset(f"{keys.JOB}{job_id}", "suspect_at", 1)
+    if world.chance(0.5):
+        busy = [name for name in CARDS if world.held[name]]
+        for name in world.random.choices(busy, k=4) if busy else ():
+            world.views = world.look_at(world.ids)
+            claim_as(world, name, 2)

@@ -25,7 +25,10 @@ def rq_enqueue(world: World) -> None:
     model = world.random.choice(({}, {}, {"model": "other"}, {"model": "nobody's"}))
     retry = Retry(max=2, interval=[0, 5]) if world.chance(0.3) else None
     queue = Queue("generate", connection=world.client, serializer=JSONSerializer)
-    queue.enqueue(f"headrace.{kind}", {**wire, **model}, job_id=job_id, retry=retry)
+    before = world.any_id(*(set(S) - {S.SUCCEEDED})) if world.chance(0.2) else None
+    waits = {"depends_on": before} if before else {}
+    ttl = 600 if world.chance(0.3) else None
+    queue.enqueue(f"headrace.{kind}", {**wire, **model}, job_id=job_id, retry=retry, ttl=ttl, **waits)
     world.ids.append(job_id)
     world.touch(job_id)
     world.views[job_id] = world.look(job_id)

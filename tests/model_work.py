@@ -7,8 +7,9 @@ import dataclasses
 import redis
 
 from core.errors import EngineError
+from core.request import Choice
 from jobs import commands, keys
-from jobs.job import JobState
+from jobs.job import JobState, Resume
 from jobs.store import ClaimedJob, Outcome, Publication, Settlement
 from tests.jobs_world import ended, failed
 from tests.model_house import CARDS
@@ -67,17 +68,25 @@ def end(world: World, job: ClaimedJob) -> None:
     if view.number("retries_left") and world.chance(0.6):
         outcome = Outcome.FAILED
     error = pick.choice([None, EngineError("again")])
-    log = list(view.log) if world.chance(0.7) else []
-    settlement = failed(job, error) if outcome is Outcome.FAILED else ended(job, outcome, answer_of(log))
+    log, whole = list(view.log), world.chance(0.7)
+    answer = answer_of(log if whole else [])
+    if view.job.resume is Resume.ANY and whole and world.chance(0.5):  # as long, and not what was published
+        answer = dataclasses.replace(answer, choices=tuple(map(_in_other_words, answer.choices)))
+    settlement = failed(job, error) if outcome is Outcome.FAILED else ended(job, outcome, answer)
     same, state = view.job.attempt == job.attempt, view.job.state
     settled = same and view.fields.get("settled") == str(job.attempt)
     counts = same and not settled and (state is S.RUNNING or (state is S.QUEUED and outcome is Outcome.SUCCEEDED))
     if counts and world.chance(0.1):  # the server lost the script that was to publish its last words
         early = commands.settle(settlement, view.number("events") + 1)
         assert world.store._runner.run(early) == commands.TOO_EARLY
-    for _ in range(pick.choice((1, 2, 3))):
-        refused = job.id in world.store.report([], [settlement]).refused
+    worker, told = view.job.worker or "", _told_to_rq(world, view.job.worker)
+    dependents = counts and world.client.exists(f"{keys.JOB}{job.id}:dependents")
+    for number in range(pick.choice((1, 2, 3))):
+        reported = world.store.report([], [settlement])
+        refused = job.id in reported.refused
         assert refused != (counts or settled), f"{outcome} of {job.id} refused: {refused}"
+        assert number or view.number("retries_left") or bool(reported.with_dependents) == bool(dependents)
+    _judge_told(told, _told_to_rq(world, worker), outcome if counts and worker else None)
     after = world.look(job.id)
     if not counts:
         assert after.job.state is state or job.id in world.by_rq, f"{job.id}: {state}, {after.job.state} for nothing"
@@ -86,11 +95,44 @@ def end(world: World, job: ClaimedJob) -> None:
         assert after.fields["status"] == ("queued" if view.number("retries_left") == 2 else "scheduled")
         assert after.facts.places >= {"scheduled"} or stands_where_it_should(world, after)
     else:
-        _judge_end(after, view, settlement)
+        _judge_end(world, after, view, settlement)
 
 
-def _judge_end(after: View, view: View, settlement: Settlement) -> None:
-    outcome = settlement.outcome
+def _in_other_words(choice: Choice) -> Choice:
+    return dataclasses.replace(choice, text=choice.text.replace("1", "2"))
+
+
+def _told_to_rq(world: World, worker: str | None) -> tuple[int, int, float] | None:
+    """What RQ's pages say of a worker, if RQ knows it: jobs done, failed, and seconds of work."""
+    key = f"{keys.RQ_WORKER}{worker or ''}"
+    names = ("successful_job_count", "failed_job_count", "total_working_time")
+    done, broken, seconds = (float(number or 0) for number in world.client.hmget(key, names))
+    return (int(done), int(broken), seconds) if world.client.exists(key) else None
+
+
+def _judge_told(
+    before: tuple[int, int, float] | None, after: tuple[int, int, float] | None, outcome: Outcome | None
+) -> None:
+    assert (before is None) == (after is None), "RQ knows a worker that never told it its name"
+    if before and after:
+        done, broken = int(outcome is Outcome.SUCCEEDED), int(outcome not in (None, Outcome.SUCCEEDED))
+        assert (after[0] - before[0], after[1] - before[1]) == (done, broken), f"{outcome}: {before}, {after}"
+        assert (0 < after[2] - before[2] < 1_000) if outcome else after[2] == before[2], f"{outcome}: {before}, {after}"
+
+
+def _judge_end(world: World, after: View, view: View, settlement: Settlement) -> None:
+    outcome, status, kept = settlement.outcome, after.fields["status"], after.kept
+    [(_, entry)] = world.client.xrevrange(f"{keys.RESULTS}{after.job.id}", count=1)
+    assert entry[b"type"] == {"finished": b"1", "failed": b"2"}.get(status, b"3"), f"{status}, for RQ {entry[b'type']}"
+    registry = {"finished": keys.FINISHED, "failed": keys.FAILED, "stopped": keys.FAILED, "canceled": keys.CANCELED}
+    until = 0 if status == "canceled" else after.keep_seconds
+    score = world.client.zscore(registry[status], after.job.id)
+    assert score == float("inf") if until < 0 else abs(score - (after.job.finished_at or 0) - until) < 3
+    if not world.client.sismember(keys.UNPACKED, after.job.id):
+        assert 0 < kept.events_ms <= 2_000 or kept.seen_at - 1_000 * (after.job.finished_at or 0) > 1_000, (
+            "nobody wakes"
+        )
+    assert "ticket" not in after.fields
     assert after.job.state == outcome.value, f"{outcome}, and is {after.job.state}"
     assert (after.fields["status"] == "stopped") == (outcome is Outcome.CANCELLED and not view.job.cancel_requested)
     assert after.job.attempt == settlement.attempt
@@ -100,6 +142,10 @@ def _judge_end(after: View, view: View, settlement: Settlement) -> None:
     assert settlement.result is not None
     found, said = after.job.result or {}, settlement.result.to_wire()
     assert [each["text"] for each in found["choices"]] == [each["text"] for each in said["choices"]]
+    whole = settlement.result.choices == answer_of(view.log).choices
+    if outcome is Outcome.SUCCEEDED and whole and after.job.resume is not Resume.ANY and view.drawn:
+        log = world.client.hget(f"{keys.JOB}{after.job.id}", "log")
+        assert log[:1] == b"R", "the texts are kept twice"
 
 
 def zombie(world: World) -> None:
@@ -119,6 +165,11 @@ def zombie(world: World) -> None:
     elif what == "adopt" and lost:
         told = commands.adopt(job.id, job.attempt, view.job.kind, "other", 1, route=world.chance(0.5))
         assert world.store._runner.run(told) == 0, f"{job.id}: adopted by whom it does not belong to"
+    elif what == "adopt":
+        told = commands.adopt(
+            job.id, job.attempt, view.job.kind, view.job.model or "", int(view.kept.born), route=False
+        )
+        assert world.store._runner.run(told) == 1, f"{job.id}: not adopted by its own"
     elif what == "publish":
         said = world.speech(job, view.number("tokens"), view.number("events") + 5, 1)
         refused = lost and not (view.job.attempt == job.attempt and view.job.state is S.QUEUED)
@@ -140,7 +191,10 @@ def release(world: World) -> None:
 
 def release_now(world: World, job: ClaimedJob) -> None:
     view = world.look(job.id)
-    world.store.release([(job.id, job.attempt)] * world.random.choice((1, 2)))
+    ours = view.job.attempt == job.attempt and view.job.state is S.RUNNING
+    assert world.store._runner.run(commands.release(job.id, job.attempt)) == ours, f"{job.id}: released, {ours}"
+    if world.chance(0.5):
+        world.store.release([(job.id, job.attempt)])
     after = world.look(job.id)
     if view.job.attempt != job.attempt or view.job.state is not S.RUNNING:
         assert after.job.state is view.job.state or job.id in world.by_rq, f"{job.id}: released by another"
@@ -158,7 +212,7 @@ def renew(world: World) -> None:
     name = world.random.choice(list(CARDS))
     if world.held[name] and world.chance(0.3):
         world.zombies.append(world.held[name].popitem()[1])  # it forgot one
-    held = {job.id: job.attempt for job in world.held[name].values()}
+    held = {job.id: job.attempt for job in world.held[name].values()} | ({"ghost": 1} if world.chance(0.2) else {})
     views = {job_id: world.views.get(job_id) for job_id in held}
     beat = world.store.renew(name, "busy", held, {})
     ours = {
@@ -169,7 +223,7 @@ def renew(world: World) -> None:
     assert set(beat.cancels) == {job_id for job_id, view in ours.items() if view.job.cancel_requested}
     assert not beat.suspended
     for job_id in beat.lost:
-        world.zombies.append(world.held[name].pop(job_id))
+        world.zombies += [world.held[name].pop(job_id)] if job_id != "ghost" else []
     [card] = [card for card in world.store.workers() if card.name == name]
     assert (card.state, card.running, card.host) == ("busy", len(held), "h")
     running = {

@@ -136,11 +136,13 @@ local function note_end(id, job)
   log(id, job, 'f', 1)
   move(id, job, job.state)
   call('HSET', K.job .. id, 'closed', 1, 'events', job.events, 'place', job.state)
-  call('HDEL', K.job .. id, 'cancel_requested')
+  call('HDEL', K.job .. id, 'cancel_requested', 'waiting_for')
   if not job.ended_at or job.ended_at == '' then call('HSET', K.job .. id, 'ended_at', stamp()) end
   call('ZREM', K.deadlines, id)
+  call('ZREM', K.waits, id)
   pack_log(id, true)
-  if call('TTL', K.job .. id) < 0 then retain(id, job, math.max(keep(job), 1)) end
+  local seconds = keep(job)
+  if call('TTL', K.job .. id) < 0 then retain(id, job, seconds == 0 and 1 or seconds) end
 end
 
 -- Where a job waits for the like of its engine; a suspect among suspects, or whoever claims it would send it back.
