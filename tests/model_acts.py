@@ -39,6 +39,8 @@ def submit(world: World) -> None:
         result_ttl_seconds=pick.choice((86_400, 86_400, 500, 7200)),
     )  # fmt: skip
     world.client.srem(keys.QUEUES, keys.READY)
+    if world.chance(0.1):  # one of that name was forgotten a moment ago
+        world.client.xadd(f"{keys.EVENTS}{job_id}", {"f": 1}, "7-0")
     try:
         submitted = world.store.submit(new)
     except JobNotFound as error:

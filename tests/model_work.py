@@ -132,7 +132,7 @@ def _judge_end(world: World, after: View, view: View, settlement: Settlement) ->
         assert 0 < kept.events_ms <= 2_000 or kept.seen_at - 1_000 * (after.job.finished_at or 0) > 1_000, (
             "nobody wakes"
         )
-    assert "ticket" not in after.fields
+    assert after.fields.get("ticket") != "0"
     assert after.job.state == outcome.value, f"{outcome}, and is {after.job.state}"
     assert (after.fields["status"] == "stopped") == (outcome is Outcome.CANCELLED and not view.job.cancel_requested)
     assert after.job.attempt == settlement.attempt

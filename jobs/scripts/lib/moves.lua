@@ -34,6 +34,7 @@ local function unlist(id)
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)
   call('ZREM', K.dead, id)
+  call('SREM', K.unpacked, id)
 end
 
 -- Remove every trace of a job. Its log stays a minute for those who read it now.
@@ -74,7 +75,6 @@ end
 -- this to whoever meets the job first: its mark is a job that waits and is `closed`.
 local function reopen(id, job)
   call('DEL', K.events .. id)
-  call('SREM', K.unpacked, id)
   call('HDEL', K.job .. id, 'reason', 'error', 'expires_at', 'closed', 'first_token_at', 'cancel_requested', 'read', 'log')
   call('HSET', K.job .. id, 'tokens', 0, 'text_bytes', 0)
   call('PERSIST', K.job .. id)
