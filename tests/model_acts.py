@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
 
+import pytest
+
 from core.errors import DeadlineUnreachable, HeadraceError, JobConflict, JobNotFound, QueueFull, StoreFull
 from core.request import Request
 from jobs import commands, dead_letters, keys
@@ -35,7 +37,7 @@ def submit(world: World) -> None:
     request = Request(prompt=job_id, model=pick.choice((None, None, None, "Toy", "other")))
     new = NewJob(
         id=job_id, request=request, resume=pick.choice([*Resume, Resume.WAIT]),
-        deadline_seconds=600.0 if world.chance(0.3) else None, refuse_if_late=world.chance(0.5),
+        deadline_seconds=600.0 if world.chance(0.4) else None, refuse_if_late=world.chance(0.5),
         result_ttl_seconds=pick.choice((86_400, 86_400, 500, 7200)),
     )  # fmt: skip
     world.client.srem(keys.QUEUES, keys.READY)
@@ -50,9 +52,9 @@ def submit(world: World) -> None:
     assert world.client.sismember(keys.QUEUES, keys.READY), "RQ does not know of the queue"
     if world.chance(0.3):  # its failures are kept otherwise
         world.client.hset(f"{keys.JOB}{job_id}", "failure_ttl", pick.choice((-1, 900)))
-    if world.ids and world.chance(0.3) and (born := world.views[world.ids[-1]].kept.born):
+    if world.ids and world.chance(0.5) and (born := world.views[world.ids[-1]].kept.born):
         world.client.zadd(f"{keys.INDEX}generate:queued", {job_id: born})  # they came in one microsecond
-    if world.chance(0.3):
+    if world.chance(0.4):
         fields = {
             "retries_left": pick.choice((1, 2)),
             "retry_intervals": "[0, 5]",
@@ -191,6 +193,8 @@ def mourn(world: World) -> None:
         world.store._runner.run(dead_letters.page(None, 100))  # drops the rest of what is none
     found = [job_id.decode() for job_id in world.client.zrevrange(keys.DEAD, 0, -1)]
     assert ({*found}, _page_dead(world, limit)) == ({*dead}, found)
+    with pytest.raises(JobNotFound):
+        world.store._runner.run(dead_letters.page("nobody", 1))
     last = world.store._runner.run(dead_letters.page(None, max(len(found), 1)))
     assert ([job.id for job in last.jobs], last.more) == (found, False)
     if job_id := world.any_id(S.FAILED, S.QUEUED) if world.chance(0.5) else None:
@@ -238,10 +242,10 @@ def _page(world: World, states: Collection[S]) -> set[str]:
 
 #: Each act, and how likely it is.
 ACTS: dict[Callable[[World], None], int] = {
-    submit: 14, submit_too_much: 1, submit_again: 2, ask_for_nobody: 1, cancel: 3, retry: 4, delete: 4, show: 8,
-    page: 2, mourn: 2,
-    claim: 20, publish: 14, settle: 8, zombie: 12, release: 5, renew: 4, suspend: 1, suspects_wait: 2,
-    expire: 2, lose_patience: 2, forget: 2, promote: 2,
-    die: 8, fall_silent: 2, leave: 3, mend: 8, mend_nobody: 1,
-    push_twice: 2, rq_enqueue: 3, rq_cancel: 2, rq_requeue: 4, rq_clean: 1,
+    submit: 16, submit_too_much: 1, submit_again: 2, ask_for_nobody: 1, cancel: 2, retry: 4, delete: 8, show: 5,
+    page: 2, mourn: 3,
+    claim: 24, publish: 18, settle: 7, zombie: 12, release: 6, renew: 4, suspend: 1, suspects_wait: 3,
+    expire: 2, lose_patience: 2, forget: 3, promote: 2,
+    die: 9, fall_silent: 3, leave: 3, mend: 8, mend_nobody: 1,
+    push_twice: 3, rq_enqueue: 4, rq_cancel: 2, rq_requeue: 4, rq_clean: 1,
 }  # fmt: skip

@@ -15,7 +15,12 @@ S = JobState
 
 
 def claim(world: World) -> None:
-    claim_as(world, world.random.choice("wwvuuuo"), world.random.choice((0, 1, 2, 4)))
+    """Somebody claims: rather one that would compute otherwise than whoever began what waits."""
+    names = [*"wwvuuuo"]
+    begun = {view.fields.get("engine") for view in world.views.values() if view.job.state is S.QUEUED and view.drawn}
+    if begun and world.chance(0.6):
+        names = [name for name in "wvuuo" if {CARDS[name].identity} != begun]
+    claim_as(world, world.random.choice(names), world.random.choice((0, 1, 1, 2, 4, 4)))
 
 
 def claim_as(world: World, name: str, room: int) -> None:
@@ -98,10 +103,13 @@ def suspend(world: World) -> None:
 
 def suspects_wait(world: World) -> None:
     """Suspects have waited for long: the first busy worker that sees one takes nothing any more, and no other does."""
-    for key, ids in world.lists().items():
-        for job_id in ids if key.startswith(keys.SUSPECTS) else ():
-            if job_id in world.ids and world.views[job_id].job.state is S.QUEUED:
-                world.client.hset(f"{keys.JOB}{job_id}", "suspect_at", 1)
+    lists = {key: ids for key, ids in world.lists().items() if key.startswith(keys.SUSPECTS)}
+    for job_id in (job_id for ids in lists.values() for job_id in ids):
+        if job_id in world.ids and world.views[job_id].job.state is S.QUEUED:
+            world.client.hset(f"{keys.JOB}{job_id}", "suspect_at", 1)
+    heads = [view.job.id for key in lists if (view := _waits(world, lists, key))]
+    if heads and world.chance(0.3):
+        world.store.cancel(world.random.choice(heads))
     if world.chance(0.5):
         busy = [name for name in CARDS if world.held[name]]
         for name in world.random.choices(busy, k=4) if busy else ():

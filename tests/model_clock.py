@@ -56,6 +56,7 @@ def forget(world: World) -> None:
         if world.chance(0.3):  # Redis was quicker
             world.client.delete(f"{keys.JOB}{job_id}", f"{keys.RESULTS}{job_id}")
         world.client.zadd(keys.RETENTION, {"ghost": 1})
+        world.client.sadd(keys.UNPACKED, "ghost", "spirit")
         sweep(world)
         gone(world, job_id)
     elif (waiting := world.any_id(S.QUEUED)) and not world.by_rq:

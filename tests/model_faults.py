@@ -177,7 +177,12 @@ def _beat(world: World, name: str) -> Command[Beat]:
 
 def mend(world: World) -> None:
     """A doctor looks at a job that is well, or that lost its place: it keeps its state, and is well."""
-    if not (job_id := world.any_id()) or job_id in world.touched:
+    rare = [
+        job_id for job_id, view in world.views.items()
+        if view.fields["status"] == "scheduled" or view.job.reason == "poison_job"
+    ]  # fmt: skip
+    job_id = world.random.choice(rare) if rare and world.chance(0.3) else world.any_id()
+    if not job_id or job_id in world.touched:
         return
     before = world.views[job_id]
     hurt = world.random.choice([each for each in HURTS if each(world, job_id)])

@@ -70,5 +70,6 @@ def judge_positions(old: House, new: House, before: Mapping[str, View], after: M
         house.tickets - house.passed - sum(view.number("ticket") > 0 for view in views.values())
         for house, views in ((old, before), (new, after))
     ]
-    if drifts[0] != drifts[1] and new.passed != new.tickets:  # which is so when nobody waits
+    waiting = any(view.job.state is S.QUEUED and view.number("ticket") for view in after.values())
+    if drifts[0] != drifts[1] and (waiting or new.passed != new.tickets):  # which a claim that leaves nobody makes so
         yield f"{new.passed} of {new.tickets} passed, by {drifts[1] - drifts[0]} too few"

@@ -84,6 +84,8 @@ def judge_job(view: View) -> Iterator[str]:
     if view.job.state is S.RUNNING and (not view.stays or "suspect_at" in view.fields):
         yield f"runs, a suspect since {view.fields.get('suspect_at')}, and Redis will forget it: {not view.stays}"
     if view.job.state in FINAL:
+        if not view.fields.get("ended_at"):
+            yield f"{view.job.state}, and never ended"
         if not view.facts.places <= {"finished", "failed", "canceled", "retention", "dead"}:
             yield f"{view.job.state}, and is in {sorted(view.facts.places)}"
         if view.stays != (view.keep_seconds < 0) or "cancel_requested" in view.fields:
@@ -106,6 +108,8 @@ def judge_ours(view: View) -> Iterator[str]:
     like, waits = fields.get("waiting_for"), [key for key, _ in view.facts.lists if ".like." in key]
     if ("waits" in places) != (like is not None) or (state is S.QUEUED and bool(waits) != (like is not None)):
         yield f"waits for {like}, is in {sorted(places)} and {waits}"
+    if any(times > 1 for key, times in view.facts.lists if key in waits):
+        yield f"waits twice: {view.facts.lists}"
     if like is not None and (like != fields["engine"] or not view.drawn):
         yield f"waits for {like} with {len(view.drawn)} tokens of {fields['engine']}"
     if like is not None and view.job.resume is not Resume.WAIT and fields.get("read") != "1":
@@ -115,12 +119,12 @@ def judge_ours(view: View) -> Iterator[str]:
         yield f"a suspect after {view.job.crashes} crashes, since {fields.get('suspect_at')}"
     if state not in FINAL and view.drawn and view.number("first_token") != view.drawn[0].number:
         yield f"its first token is {view.drawn[0].number}, not {fields.get('first_token')}"
+    if state not in FINAL and "first_token_at" in fields and not view.drawn:
+        yield "its first token came, and is not there"
     if state is S.RUNNING and (view.number("published_attempt") == view.number("attempt")) != view.spoke:
         yield f"published {fields.get('published_attempt')}, and spoke: {view.spoke}"
     if state is S.QUEUED and fields.get("worker_name"):
         yield f"waits at {fields['worker_name']}"
-    if state in FINAL and not fields.get("ended_at"):
-        yield "never ended"
     if state is S.QUEUED and view.job.cancel_requested:
         yield "cancelled, and waits"
     begun = [event.fields["engine"]["dtype"] for event in view.log if event.type == "started"]
@@ -179,5 +183,7 @@ def judge_answer(before: View | None, after: View, act: str) -> Iterator[str]:
         yield f"ended with {before.job.result}, and then with {after.job.result}"
     if before.job.state in FINAL or after.job.state in FINAL:
         return
+    if before.log and (not after.log or after.log[0].number != before.log[0].number):
+        yield f"its log began at {before.log[0].number}, and now it is {after.log}"
     if len(after.drawn) < len(before.drawn) and (act != "claim" or after.job.resume != "restart" or after.drawn):
         yield f"{after.job.resume}, and {act} took what was said: {after.log}"

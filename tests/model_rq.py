@@ -10,7 +10,7 @@ from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 
 from jobs import keys
-from jobs.job import JobState
+from jobs.job import FINAL, JobState
 from tests.model_walk import JOBS, World
 
 S = JobState
@@ -35,15 +35,27 @@ def rq_enqueue(world: World) -> None:
 
 
 def push_twice(world: World) -> None:
-    if job_id := world.any_id(*(set(S) - {S.QUEUED})):
+    waiting = [job_id for job_id in world.ids if "waiting_for" in world.views[job_id].fields]
+    if job_id := world.random.choice(waiting) if waiting else world.any_id(*(set(S) - {S.QUEUED})):
         world.client.rpush(keys.READY, job_id)
         world.pushed.add(job_id)
 
 
 def rq_cancel(world: World) -> None:
-    if job_id := world.any_id(S.QUEUED, S.RUNNING):  # RQ would let one cancel what has ended
+    """It ends what we noted things about; when it ended is RQ's to say. RQ would cancel what has ended, too."""
+    noted = [
+        job_id for job_id, view in world.views.items()
+        if view.job.state not in FINAL and ("waiting_for" in view.fields or view.job.cancel_requested)
+    ]  # fmt: skip
+    if job_id := world.random.choice(noted) if noted else world.any_id(S.QUEUED, S.RUNNING):
         world.touch(job_id)
+        told = {"ended_at": "2026-01-02T03:04:05.000006Z"} if world.chance(0.5) else {}
+        if told:
+            world.client.hset(f"{keys.JOB}{job_id}", mapping=told)
         _rq_job(world, job_id).cancel()
+        if told:
+            world.store.get(job_id)
+            assert world.look(job_id).fields["ended_at"] == told["ended_at"]
 
 
 def rq_requeue(world: World) -> None:

@@ -30,6 +30,10 @@ def publish(world: World) -> None:
     ours = view.job.attempt == job.attempt and view.job.state in (S.RUNNING, S.QUEUED)
     if ours and not settled and world.chance(0.1):
         assert _leaves_a_hole(world, dataclasses.replace(said, first=first + 3))
+    if ours and view.job.state is S.RUNNING and world.chance(0.1):
+        born, model = int(view.kept.born), view.job.model or ""
+        adoption = commands.adopt(job.id, job.attempt, view.job.kind, model, born, route=False)
+        assert world.store._runner.run(adoption) == 1, f"{job.id}: not adopted by its own"
     for _ in range(world.random.choice((1, 1, 2))):
         reported = world.store.report([said], [])
         assert (job.id in reported.refused) != (ours or (settled and view.job.attempt == job.attempt))
@@ -86,7 +90,8 @@ def end(world: World, job: ClaimedJob) -> None:
         refused = job.id in reported.refused
         assert refused != (counts or settled), f"{outcome} of {job.id} refused: {refused}"
         assert number or view.number("retries_left") or bool(reported.with_dependents) == bool(dependents)
-    _judge_told(told, _told_to_rq(world, worker), outcome if counts and worker else None)
+    if job.id not in world.touched:
+        _judge_told(told, _told_to_rq(world, worker), outcome if counts and worker else None)
     after = world.look(job.id)
     if not counts:
         assert after.job.state is state or job.id in world.by_rq, f"{job.id}: {state}, {after.job.state} for nothing"
@@ -165,11 +170,6 @@ def zombie(world: World) -> None:
     elif what == "adopt" and lost:
         told = commands.adopt(job.id, job.attempt, view.job.kind, "other", 1, route=world.chance(0.5))
         assert world.store._runner.run(told) == 0, f"{job.id}: adopted by whom it does not belong to"
-    elif what == "adopt":
-        told = commands.adopt(
-            job.id, job.attempt, view.job.kind, view.job.model or "", int(view.kept.born), route=False
-        )
-        assert world.store._runner.run(told) == 1, f"{job.id}: not adopted by its own"
     elif what == "publish":
         said = world.speech(job, view.number("tokens"), view.number("events") + 5, 1)
         refused = lost and not (view.job.attempt == job.attempt and view.job.state is S.QUEUED)

@@ -127,6 +127,13 @@ MUTANTS = {
     "packing what the result does not have": Mutant("lib/log", "(inline and 'I' or 'R')", "'R'"),
     "packing small numbers only": Mutant("lib/log", "number = math.floor(number / 128)", "number = 0"),
     "requeueing what was cancelled": Mutant("lib/moves", "if job.cancel_requested then return", "if false then return"),
+    "waiting for its like twice": Mutant("lib/moves", "if job.waiting_for == job.engine then return end", ""),
+    "waiting for its like without an end": Mutant("lib/moves", "  call('ZADD', K.waits, NOW + patience, id)\n", ""),
+    "waiting for it knows not whom": Mutant("lib/moves", "call('HSET', K.job .. id, 'waiting_for', job.engine)", ""),
+    "waiting for its like and not waking it": Mutant("lib/moves", "  wake(K.wake .. '.' .. job.engine)\n", ""),
+    "a suspect that waits beside others": Mutant(
+        "lib/moves", "(job.crashes >= 2 and K.like_suspects or K.like)", "(K.like)"
+    ),
     "ending twice": Mutant("lib/moves", "if job.closed or not is_final", "if not is_final"),
     "leaving an execution behind": Mutant("lib/moves", "  call('ZREM', K.wip, member)\n", ""),
 }  # fmt: skip
