@@ -50,7 +50,7 @@ class EngineConfig:
 
     model: str = "smollm2-135m"  #: an alias, a folder or a hub name
     revision: str = ""  #: of a hub model
-    dtype: str = "auto"  #: auto, float32 or bfloat16
+    dtype: str = "auto"  #: auto, float32, bfloat16 or int8
     device: str = "auto"  #: auto, cpu, cuda or cuda:N
     kv_memory: str = "auto"  #: of all keys and values: auto, or a size such as 2GiB
     max_model_len: int = 0  #: prompt and answer together, in tokens; 0: as much as the model takes
@@ -61,8 +61,8 @@ class EngineConfig:
     hf_token: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype: must be auto, float32 or bfloat16, not {self.dtype!r}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "int8"):
+            raise ValueError(f"dtype: must be auto, float32, bfloat16 or int8, not {self.dtype!r}")
         for name, low in (("max_model_len", 0), ("max_running", 1), ("step_tokens", 1), ("threads", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: must be at least {low}, not {getattr(self, name)!r}")
@@ -288,7 +288,7 @@ def _card(loaded: LoadedModel, config: EngineConfig, slots: int) -> ModelCard:
         name=config.model,
         engine="torch",
         version=headrace_version(),
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype="int8" if loaded.eight_bits else str(loaded.dtype).removeprefix("torch."),
         weights=loaded.weights,
         kinds=tuple(kind.value for kind in Kind),
         text=tokenizer is not None,

@@ -83,7 +83,7 @@ class Settings:
     workers: int = _setting(1, "worker processes on this host", 1, 1_024)
     model: str = _setting("smollm2-135m", "alias, folder, or name on the hub", **_NAME)
     revision: str = _setting("", "revision of a hub model")
-    dtype: str = _setting("auto", "numbers the model computes in", choices=("auto", "float32", "bfloat16"))
+    dtype: str = _setting("auto", "numbers the model computes in", choices=("auto", "float32", "bfloat16", "int8"))
     device: str = _setting("auto", "where it computes", choices=("auto", "cpu", "cuda"))
     engine: str = _setting(
         "torch", "instant: no model, for tests; vllm: many cards", choices=("torch", "instant", "vllm")

@@ -126,8 +126,8 @@ def test_attention_that_forgets_the_window_is_refused(tiny: TinyModel, monkeypat
 def test_a_difference_must_come_back_to_refuse_a_model(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch, differences: list[float], refused: bool
 ) -> None:
-    compare, left = check._compare, iter(differences)
-    monkeypatch.setattr(check, "_compare", lambda *given: (compare(*given), next(left))[1])
+    compare, left = check._difference, iter(differences)
+    monkeypatch.setattr(check, "_difference", lambda *given: (compare(*given), next(left))[1])
 
     if refused:
         assert "logits differ" in refusal(tiny.folder)
@@ -221,7 +221,7 @@ def test_bfloat16_is_chosen_where_the_processor_has_instructions_for_it(tmp_path
 
 
 def test_bfloat16_is_what_transformers_loads_as_bfloat16(tiny: TinyModel) -> None:
-    ours = load_model(tiny.folder, name="tiny", dtype="bfloat16", device="cpu").model
+    ours = load_model(tiny.folder, name="tiny", dtype="bfloat16", device="cpu", kernels=False).model
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.bfloat16)
 
     for (name, mine), (_, own) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):

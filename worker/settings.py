@@ -9,7 +9,7 @@ from typing import Any
 from jobs.settings import DURABILITIES
 
 ENGINES = ("torch", "instant", "vllm")
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LONGEST_STALL = 86_400  #: seconds

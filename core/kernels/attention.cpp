@@ -3,70 +3,16 @@
 // Online softmax after Milakov and Gimelshein (arXiv:1805.02867), blocks after vLLM's PagedAttention (arXiv:2309.06180).
 //
 // A block holds BLOCK tokens: keys [kv_heads][head_size][BLOCK], so that BLOCK scores are one vector, and values
-// [kv_heads][BLOCK][head_size]. Vectors are the compiler's own: GCC and Clang split them to fit the processor.
-#include <cstdint>
-#include <cstring>
+// [kv_heads][BLOCK][head_size].
+#include "vectors.h"
 
 namespace {
 
 constexpr int BLOCK = 16;
-constexpr int MOST_HEAD = 256;   // head_size
-constexpr int MOST_QUERIES = 48; // of one piece of work
-
-typedef float Vec __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-struct Bf16 { uint16_t bits; };
-
-inline float to_float(float x) { return x; }
-inline float to_float(Bf16 x) {
-  uint32_t word = uint32_t(x.bits) << 16;
-  float out;
-  std::memcpy(&out, &word, 4);
-  return out;
-}
-inline void from_float(float x, float *out) { *out = x; }
-inline void from_float(float x, Bf16 *out) { // to nearest, ties to even
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  if (x != x) { out->bits = 0x7fc0; return; }
-  out->bits = uint16_t((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
-
-inline Vec load(const float *at) {
-  Vec out;
-  std::memcpy(&out, at, sizeof out);
-  return out;
-}
-inline Vec load(const Bf16 *at) {
-  Halves halves;
-  std::memcpy(&halves, at, sizeof halves);
-  Words words = __builtin_convertvector(halves, Words) << 16;
-  return (Vec)words;
-}
-inline void save(float *at, Vec x) { std::memcpy(at, &x, sizeof x); }
-
-inline Vec splat(float x) { return x - Vec{}; }
-
-// e^x for x <= 0: Cody and Waite's reduction, a polynomial of degree 6; relative error below 2e-7.
-inline Vec exp_of(Vec x) {
-  x = x < -87.0f ? splat(-87.0f) : x;
-  Vec scaled = x * 1.44269504088896341f - 0.5f; // x <= 0: cutting off rounds to the nearest
-  Ints whole = __builtin_convertvector(scaled, Ints);
-  Vec n = __builtin_convertvector(whole, Vec);
-  Vec r = x - n * 0.693359375f;
-  r = r - n * -2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  Ints power = (whole + 127) << 23;
-  return p * (Vec)power;
-}
+constexpr int MOST_HEAD = 256;    // head_size
+constexpr int MOST_QUERIES = 48;  // of one piece of work
+constexpr int CHUNK = 16 * BLOCK; // positions whose scores are softened together
+constexpr int TILE = 6;           // queries whose sums fit the registers
 
 inline Vec tanh_of(Vec x) {
   Vec size = x < 0.0f ? -x : x;
@@ -102,108 +48,145 @@ template <typename T> void store(const Job<T> &job, int64_t row, int64_t slot) {
   }
 }
 
-// Scores of M queries against one block: one vector each.
-template <int M> void score(const float *query, const float *keys, int64_t size, Vec *scores) {
-  Vec sum[M];
-  for (int m = 0; m < M; m++) sum[m] = splat(0.0f);
-  for (int64_t d = 0; d < size; d++) {
-    Vec key = load(keys + d * BLOCK);
-    for (int m = 0; m < M; m++) sum[m] += query[m * MOST_HEAD + d] * key;
+// Scores of M queries against one block, one vector each. Even and odd dimensions are summed apart: their chains overlap.
+template <int M, typename K> void score(const float *query, const K *keys, int64_t size, float *scores) {
+  Vec even[M], odd[M];
+  for (int m = 0; m < M; m++) even[m] = odd[m] = splat(0.0f);
+  for (int64_t d = 0; d < size; d += 2) {
+    Vec first = load(keys + d * BLOCK), second = load(keys + (d + 1) * BLOCK);
+    for (int m = 0; m < M; m++) {
+      even[m] += query[m * MOST_HEAD + d] * first;
+      odd[m] += query[m * MOST_HEAD + d + 1] * second;
+    }
   }
-  for (int m = 0; m < M; m++) scores[m] = sum[m];
+  for (int m = 0; m < M; m++) save(scores + m * CHUNK, even[m] + odd[m]);
 }
 
-// What M queries gather from one block's values: scaled down by what the maximum rose, plus the new share.
-template <int M>
-void gather(const float *weights, const float *fade, const float *values, int64_t size, int count, float *sums) {
-  for (int64_t d = 0; d < size; d += BLOCK) {
+// What M queries gather from the first count values of one block.
+template <int M, typename V> void gather(const float *weights, const V *values, int64_t size, int count, float *sums) {
+  for (int64_t d = 0; d < size; d += LANES) {
     Vec sum[M];
-    for (int m = 0; m < M; m++) sum[m] = load(sums + m * MOST_HEAD + d) * fade[m];
+    for (int m = 0; m < M; m++) sum[m] = load(sums + m * MOST_HEAD + d);
     for (int j = 0; j < count; j++) {
       Vec value = load(values + j * size + d);
-      for (int m = 0; m < M; m++) sum[m] += weights[m * BLOCK + j] * value;
+      for (int m = 0; m < M; m++) sum[m] += weights[m * CHUNK + j] * value;
     }
     for (int m = 0; m < M; m++) save(sums + m * MOST_HEAD + d, sum[m]);
   }
 }
 
-template <template <int> class F, typename... A> void tiled(int count, A... arguments) {
-  int done = 0;
-  for (; count - done >= 6; done += 6) F<6>::run(done, arguments...);
-  for (; count - done >= 3; done += 3) F<3>::run(done, arguments...);
-  for (; done < count; done++) F<1>::run(done, arguments...);
+template <typename K> void score_all(int count, const float *query, const K *keys, int64_t size, float *scores) {
+  constexpr decltype(&score<1, K>) tiles[] = {nullptr,     score<1, K>, score<2, K>, score<3, K>,
+                                              score<4, K>, score<5, K>, score<6, K>};
+  for (int m = 0; m < count; m += TILE)
+    tiles[count - m < TILE ? count - m : TILE](query + m * MOST_HEAD, keys, size, scores + m * CHUNK);
 }
-template <int M> struct Score {
-  static void run(int at, const float *query, const float *keys, int64_t size, Vec *scores) {
-    score<M>(query + at * MOST_HEAD, keys, size, scores + at);
+
+template <typename V>
+void gather_all(int count, const float *weights, const V *values, int64_t size, int seen, float *sums) {
+  constexpr decltype(&gather<1, V>) tiles[] = {nullptr,      gather<1, V>, gather<2, V>, gather<3, V>,
+                                               gather<4, V>, gather<5, V>, gather<6, V>};
+  for (int m = 0; m < count; m += TILE)
+    tiles[count - m < TILE ? count - m : TILE](weights + m * CHUNK, values, size, seen, sums + m * MOST_HEAD);
+}
+
+// One block's keys or values in float32, which pays where many queries read them.
+template <typename T> const float *widen(const T *from, int64_t count, float *into) {
+  for (int64_t i = 0; i < count; i += LANES) save(into + i, load(from + i));
+  return into;
+}
+inline const float *widen(const float *from, int64_t, float *) { return from; }
+
+inline void fetch(const void *from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + i);
+}
+
+// Of one query: its scores of a chunk → weights, of which only [low, high) are any; how much its sums fade, by what its
+// highest score rose.
+float soften(float *scores, int32_t begin, int32_t end, int32_t low, int32_t high, float softcap, float &highest,
+             float &total) {
+  const Ints places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Vec nothing = splat(-__builtin_inff());
+  Vec tops = nothing, sums = splat(0.0f);
+  for (int32_t at = begin; at < end; at += BLOCK) {
+    Vec s = load(scores + at);
+    if (softcap != 0.0f) s = tanh_of(s / softcap) * softcap;
+    s = (places + at >= high) | (places + at < low) ? nothing : s;
+    tops = s > tops ? s : tops;
+    save(scores + at, s);
   }
-};
-template <int M> struct Gather {
-  static void run(int at, const float *weights, const float *fade, const float *values, int64_t size, int count,
-                  float *sums) {
-    gather<M>(weights + at * BLOCK, fade + at, values, size, count, sums + at * MOST_HEAD);
+  float top = highest;
+  for (int j = 0; j < LANES; j++) top = tops[j] > top ? tops[j] : top;
+  for (int32_t at = begin; at < end; at += BLOCK) {
+    Vec s = load(scores + at), weight = s == nothing ? splat(0.0f) : exp_of(s - top);
+    sums += weight;
+    save(scores + at, weight);
   }
-};
+  float sum = 0.0f;
+  for (int j = 0; j < LANES; j++) sum += sums[j];
+  const float fade = total == 0.0f ? 0.0f : exp_of(splat(highest - top))[0];
+  total = total * fade + sum;
+  highest = top;
+  return fade;
+}
 
 template <typename T> void work(const Job<T> &job, const Span &span, const int32_t *table, const Piece &piece) {
   alignas(64) static thread_local float query[MOST_QUERIES * MOST_HEAD], sums[MOST_QUERIES * MOST_HEAD];
-  alignas(64) static thread_local float keys[MOST_HEAD * BLOCK], values[MOST_HEAD * BLOCK];
-  alignas(64) static thread_local float weights[MOST_QUERIES * BLOCK];
-  alignas(64) static thread_local Vec scores[MOST_QUERIES];
-  float highest[MOST_QUERIES], total[MOST_QUERIES], fade[MOST_QUERIES];
+  alignas(64) static thread_local float scores[MOST_QUERIES * CHUNK], wide[MOST_HEAD * BLOCK];
+  float highest[MOST_QUERIES], total[MOST_QUERIES];
   const int64_t size = job.head_size, group = job.heads / job.kv_heads;
   const int count = int(piece.rows * group);
   const int64_t before = span.context - span.rows + piece.row; // position of the piece's first row
   for (int m = 0; m < count; m++) { // row by row, and of a row head by head
     int64_t row = span.first + piece.row + m / group, head = piece.kv_head * group + m % group;
     const T *from = job.query + head * job.query_head + row * job.query_row;
-    for (int64_t d = 0; d < size; d++) query[m * MOST_HEAD + d] = to_float(from[d]) * job.scale;
+    for (int64_t d = 0; d < size; d += LANES) save(query + m * MOST_HEAD + d, load(from + d) * job.scale);
     std::memset(sums + m * MOST_HEAD, 0, size * sizeof(float));
     highest[m] = -__builtin_inff();
     total[m] = 0.0f;
   }
   const int64_t end = before + piece.rows; // one past the last position that any row of the piece sees
-  int64_t begin = job.window && before + 1 > job.window ? before + 1 - job.window : 0;
-  const Ints places = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int64_t first = begin / BLOCK * BLOCK; first < end; first += BLOCK) {
-    int64_t base = (int64_t(table[first / BLOCK]) * job.kv_heads + piece.kv_head) * size * BLOCK;
-    for (int64_t i = 0; i < size * BLOCK; i += BLOCK) {
-      save(keys + i, load(job.key_pool + base + i));
-      save(values + i, load(job.value_pool + base + i));
+  const int64_t begin = job.window && before + 1 > job.window ? (before + 1 - job.window) / BLOCK * BLOCK : 0;
+  const bool few = count <= TILE;
+  auto place = [&](int64_t at) { return (int64_t(table[at / BLOCK]) * job.kv_heads + piece.kv_head) * size * BLOCK; };
+  for (int64_t chunk = begin / CHUNK * CHUNK; chunk < end; chunk += CHUNK) { // of all pieces at the same positions
+    const int64_t first = begin > chunk ? begin : chunk, last = end < chunk + CHUNK ? end : chunk + CHUNK;
+    for (int64_t at = first; at < last; at += BLOCK) {
+      const T *keys = job.key_pool + place(at);
+      if (few) {
+        fetch(job.value_pool + place(at), size * BLOCK * sizeof(T));
+        if (at + BLOCK < end) fetch(job.key_pool + place(at + BLOCK), size * BLOCK * sizeof(T));
+        score_all(count, query, keys, size, scores + (at - chunk));
+      } else {
+        score_all(count, query, widen(keys, size * BLOCK, wide), size, scores + (at - chunk));
+      }
     }
-    tiled<Score>(count, (const float *)query, (const float *)keys, size, (Vec *)scores);
     for (int m = 0; m < count; m++) {
-      int64_t position = before + m / group;
-      int32_t high = int32_t(position + 1 - first < BLOCK ? position + 1 - first : BLOCK);
-      int64_t low_at = job.window ? position + 1 - job.window - first : 0;
-      int32_t low = int32_t(low_at > 0 ? (low_at < BLOCK ? low_at : BLOCK) : 0);
-      if (high <= low) { // nothing of this block is for this row
-        std::memset(weights + m * BLOCK, 0, BLOCK * sizeof(float));
-        fade[m] = 1.0f;
+      const int64_t position = before + m / group, low = job.window ? position + 1 - job.window : 0;
+      if (position < first || low >= last) { // nothing of this chunk is for this row
+        std::memset(scores + m * CHUNK, 0, CHUNK * sizeof(float));
         continue;
       }
-      Vec s = scores[m];
-      if (job.softcap != 0.0f) s = tanh_of(s / job.softcap) * job.softcap;
-      s = (places >= high) | (places < low) ? splat(-__builtin_inff()) : s;
-      float top = highest[m];
-      for (int j = 0; j < BLOCK; j++) top = s[j] > top ? s[j] : top;
-      Vec weight = exp_of(s - top);
-      weight = (places >= high) | (places < low) ? splat(0.0f) : weight;
-      float sum = 0.0f;
-      for (int j = 0; j < BLOCK; j++) sum += weight[j];
-      fade[m] = total[m] == 0.0f ? 0.0f : exp_of(splat(highest[m] - top))[0];
-      total[m] = total[m] * fade[m] + sum;
-      highest[m] = top;
-      save(weights + m * BLOCK, weight);
+      const float fade =
+          soften(scores + m * CHUNK, int32_t(first - chunk), int32_t(last - chunk), int32_t(low - chunk),
+                 int32_t(position + 1 - chunk), job.softcap, highest[m], total[m]);
+      for (int64_t d = 0; d < size; d += LANES)
+        save(sums + m * MOST_HEAD + d, load(sums + m * MOST_HEAD + d) * fade);
     }
-    int seen = int(end - first < BLOCK ? end - first : BLOCK);
-    tiled<Gather>(count, (const float *)weights, (const float *)fade, (const float *)values, size, seen, (float *)sums);
+    for (int64_t at = first; at < last; at += BLOCK) {
+      const T *values = job.value_pool + place(at);
+      const int seen = int(last - at < BLOCK ? last - at : BLOCK);
+      if (few)
+        gather_all(count, scores + (at - chunk), values, size, seen, sums);
+      else
+        gather_all(count, scores + (at - chunk), widen(values, size * BLOCK, wide), size, seen, sums);
+    }
   }
   for (int m = 0; m < count; m++) {
     int64_t row = span.first + piece.row + m / group, head = piece.kv_head * group + m % group;
     T *into = job.out + (row * job.heads + head) * size;
     float share = 1.0f / total[m];
-    for (int64_t d = 0; d < size; d++) from_float(sums[m * MOST_HEAD + d] * share, into + d);
+    for (int64_t d = 0; d < size; d += LANES) save(into + d, load(sums + m * MOST_HEAD + d) * share);
   }
 }
 

@@ -16,9 +16,10 @@ from core.models.source import cache_folder
 
 _log = logging.getLogger("headrace.core")
 
-SOURCE = Path(__file__).with_name("attention.cpp")
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi", "-Wno-ignored-attributes")
-PATIENCE = 120.0  #: seconds for the compiler; it takes about one
+PATIENCE = 120.0  #: seconds for the compiler; it takes about three
 
 
 @cache
@@ -27,7 +28,7 @@ def library() -> ctypes.CDLL | None:
     if platform.system() != "Linux":
         return None
     compiler = shutil.which("g++") or shutil.which("clang++")
-    path = cache_folder().with_name("kernels") / f"attention-{_name()}.so"
+    path = cache_folder().with_name("kernels") / f"headrace-{_name()}.so"
     try:
         if not path.is_file():
             if compiler is None:
@@ -35,18 +36,23 @@ def library() -> ctypes.CDLL | None:
             _compile(compiler, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        _log.warning("attention runs on torch's own operators, which is slower: %s", error)
+        _log.warning("the model runs on torch's own operators, which is slower: %s", error)
         return None
 
 
-def _name() -> str:
-    """Of this code on this processor: what was compiled elsewhere may use instructions that are not here."""
+def processor() -> tuple[str, ...]:
+    """What tells this processor from others: its name, and the instructions it has."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    about = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    words = [SOURCE.read_text(encoding="utf-8"), *FLAGS, *about, platform.machine()]
+    return tuple(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+
+
+def _name() -> str:
+    """Of this code on this processor: what was compiled elsewhere may use instructions that are not here."""
+    code = [path.read_text(encoding="utf-8") for path in (*HEADERS, *SOURCES)]
+    words = [*code, *FLAGS, *processor(), platform.machine()]
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
@@ -60,7 +66,7 @@ def _compile(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         made = Path(name) / path.name
         done = subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", str(made)],
+            [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made)],
             capture_output=True,
             text=True,
             timeout=PATIENCE,

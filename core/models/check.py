@@ -1,10 +1,11 @@
-"""Does our attention compute what the model's own does? Asked once, at load, in float32. Knows no job."""
+"""Does our attention compute what the model's own does, and do our kernels? Asked once, at load. Knows no job."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import logging
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from core.attention import NAME, KVCache, Pass
 from core.batch import build_batch
 from core.blocks import blocks_of
 from core.errors import EngineError, ModelRefused
+from core.fused import fuse
 from core.request import Request
 from core.scheduler import Slice, Step
 from core.sequence import Sequence
@@ -27,6 +29,8 @@ TOLERANCE = 1e-3  #: the largest difference of two logits that rounding explains
 _TRIES = 2
 _TEXT = 40  #: tokens, where the model has no window
 _COMPARED = 8  #: tokens at each slice's end: a long text times a large vocabulary would fill the memory
+#: Of the largest logit: what rounding to bfloat16 or int8 on the way explains. What computes something else is at 1.
+_ROUNDING = 0.25
 
 
 @torch.inference_mode()
@@ -50,18 +54,46 @@ def check_attention(model: Any, name: str, max_model_len: int) -> KVCache:
     for _ in range(_TRIES):
         model.set_attn_implementation("eager" if long <= 1024 or _softcapped(model.config) else "sdpa")
         expected = [_own_logits(model, text) for text in texts]
-        cache = KVCache(sum(blocks_of(len(text)) for text in texts))
+        cache = _cache_for(texts)
         try:
             model.set_attn_implementation(NAME)
-            difference = _compare(model, texts, expected, cache)
+            difference = _difference(expected, _logits(model, texts, cache))
         except (EngineError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
             raise ModelRefused(name, f"it does not run with Headrace's attention: {error}") from error
         if not cache.layers:
             raise ModelRefused(name, "its layers never call Headrace's attention")
-        if difference <= TOLERANCE:  # false for NaN
+        if difference <= TOLERANCE:
             return cache
         _log.warning("model %r: with Headrace's attention its logits differ by %.3g from its own", name, difference)
     raise ModelRefused(name, f"with Headrace's attention its logits differ by {difference:.3g} from its own")
+
+
+@torch.inference_mode()
+def fuse_checked(model: Any, name: str, *, eight_bits: bool = False) -> bool:
+    """Let our kernels compute the model where they can, unless it then says something else.
+
+    Args:
+        model: a Transformers decoder on its device, its attention ours.
+        eight_bits: round weights to int8, except the vocabulary's.
+
+    Returns:
+        Whether they do now.
+    """
+    texts = [_text(model, _TEXT), _text(model, _TEXT // 2)]
+    plain = _logits(model, texts, _cache_for(texts))
+    fused = fuse(model, eight_bits=eight_bits)
+    if not fused:
+        return False
+    try:
+        found = _logits(model, texts, _cache_for(texts))
+        if _difference(plain, found) <= _ROUNDING * max(float(logits.abs().max()) for logits in plain):
+            return True
+        reason = "its logits were others"
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        reason = str(error)
+    _log.warning("model %r runs on torch's own operators, which is slower: with our kernels %s", name, reason)
+    fused.undo()
+    return False
 
 
 def windows(config: Any) -> list[int]:
@@ -77,7 +109,7 @@ def _text(model: Any, tokens: int) -> list[int]:
 
 
 def _own_logits(model: Any, text: list[int]) -> Tensor:
-    """The model's own logits at the positions we compare; float32 [positions, vocab]."""
+    """The model's own, at the positions we compare; float32 [positions, vocab]."""
     keep = [row for begin, end in _cuts(len(text)) for row in range(max(begin, end - _COMPARED), end)]
     output = model(
         input_ids=torch.tensor([text]),
@@ -89,17 +121,21 @@ def _own_logits(model: Any, text: list[int]) -> Tensor:
     return logits
 
 
-def _compare(model: Any, texts: list[list[int]], expected: list[Tensor], cache: KVCache) -> float:
-    """The largest difference, while the texts pass through together."""
+def _cache_for(texts: list[list[int]]) -> KVCache:
+    return KVCache(sum(blocks_of(len(text)) for text in texts))
+
+
+def _logits(model: Any, texts: list[list[int]], cache: KVCache) -> list[Tensor]:
+    """With our attention, while the texts pass through together: float32 [positions, vocab] each."""
     blocks = iter(reversed(range(cache.blocks)))  # in no order that is their texts'
     sequences = [_sequence(text, [next(blocks) for _ in range(blocks_of(len(text)))]) for text in texts]
     rounds = list(zip(*(_cuts(len(text)) for text in texts), strict=True))
     ours: list[list[Tensor]] = [[] for _ in texts]
     for cuts in rounds:
         step = Step(tuple(Slice(sequence, *cut) for sequence, cut in zip(sequences, cuts, strict=True)))
-        batch = build_batch(step, torch.device("cpu"))
+        batch = build_batch(step, model.device)
         keep = [list(range(max(span.first, span.last - _COMPARED), span.last)) for span in batch.spans]
-        batch = dataclasses.replace(batch, keep=torch.tensor([row for rows in keep for row in rows]))
+        batch = dataclasses.replace(batch, keep=torch.tensor([row for rows in keep for row in rows]).to(model.device))
         output = model(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
@@ -107,9 +143,15 @@ def _compare(model: Any, texts: list[list[int]], expected: list[Tensor], cache: 
             logits_to_keep=batch.keep,
             headrace=Pass(batch, cache),
         )
-        for mine, logits in zip(ours, output.logits[0].split([len(rows) for rows in keep]), strict=True):
+        for mine, logits in zip(ours, output.logits[0].float().split([len(rows) for rows in keep]), strict=True):
             mine.append(logits)
-    return max(float((torch.cat(mine) - own).abs().max()) for mine, own in zip(ours, expected, strict=True))
+    return [torch.cat(logits) for logits in ours]
+
+
+def _difference(expected: list[Tensor], found: list[Tensor]) -> float:
+    """The largest; infinite where one is no number."""
+    all_of = [float((own - other).abs().max()) for own, other in zip(expected, found, strict=True)]
+    return float("inf") if any(map(math.isnan, all_of)) else max(all_of)
 
 
 def _cuts(tokens: int) -> list[tuple[int, int]]:

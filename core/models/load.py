@@ -17,11 +17,11 @@ from transformers.utils import logging
 
 from core.attention import NAME, attend
 from core.errors import ModelRefused
-from core.models.check import check_attention
+from core.models.check import check_attention, fuse_checked
 from core.models.checksum import checksum
 from core.tokenizer import Tokenizer
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
 _UNKNOWN_LENGTH = 4096  #: tokens, for a model that does not say how long its texts may be
 
 
@@ -31,7 +31,8 @@ class LoadedModel:
 
     model: Any  #: a Transformers decoder in evaluation mode, on its device, its attention ours
     tokenizer: Tokenizer | None
-    dtype: torch.dtype
+    dtype: torch.dtype  #: of everything that is not in eight bits
+    eight_bits: bool  #: weights are int8, and what they are multiplied with
     device: torch.device
     weights: str  #: sha256 of weights, configuration and tokenizer
     end_ids: frozenset[int]  #: token ids that end an answer
@@ -40,14 +41,17 @@ class LoadedModel:
     bytes_per_token: int  #: of keys and values, in all layers
 
 
-def load_model(folder: Path, *, name: str, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    folder: Path, *, name: str, dtype: str = "auto", device: str = "auto", kernels: bool = True
+) -> LoadedModel:
     """Load and check a model.
 
     Args:
         folder: with config.json, and safetensors or model.pth; a tokenizer or none.
         name: the one the operator gave, for messages.
-        dtype: auto, float32 or bfloat16; auto is bfloat16 where the device multiplies it faster.
+        dtype: auto, float32, bfloat16 or int8; auto is bfloat16 where the device multiplies it faster.
         device: auto, cpu, cuda or cuda:N.
+        kernels: ours compute what they can.
 
     Raises:
         ModelRefused: it carries code, is no decoder we know, lacks weights, or our attention computes it wrongly.
@@ -61,11 +65,15 @@ def load_model(folder: Path, *, name: str, dtype: str = "auto", device: str = "a
     bytes_per_token = check_attention(model, name, limit).bytes_per_token * kind.itemsize // torch.float32.itemsize
     _convert(model, kind)
     model.to(target)
+    eight_bits = dtype == "int8"
+    if not (kernels and fuse_checked(model, name, eight_bits=eight_bits)) and eight_bits:
+        raise ModelRefused(name, "int8 needs a processor with AVX512_BF16 and AVX512_VNNI, and a C++ compiler")
     tokenizer = _load_tokenizer(folder, name)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         dtype=kind,
+        eight_bits=eight_bits,
         device=target,
         weights=checksum(folder),
         end_ids=frozenset(_end_ids(model, tokenizer)),

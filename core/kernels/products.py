@@ -1,0 +1,116 @@
+"""Activations times packed weights: tensors in, pointers out. Knows the layout that ``products.cpp`` reads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from core.kernels.build import library, processor
+
+WIDTH = 32  #: outputs of a panel
+_WHOLE = 127  #: what the largest weight of an output is in eight bits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """The weights of one product, or of several with the same input, one after the other."""
+
+    panels: Tensor  #: bfloat16 [panels, inputs / 2, WIDTH, 2] or int8 [panels, inputs / 4, WIDTH, 4]
+    outputs: int
+    inputs: int
+    bias: Tensor | None = None  #: float32, of whole panels like all that follow
+    scales: Tensor | None = None  #: float32, of int8 weights: what 1 is worth for each output
+    sums: Tensor | None = None  #: int32: 128 times the sum of each output's int8 weights
+
+
+def available() -> bool:
+    """There are kernels for this processor, and torch's own products are not better: those of AMX tiles are."""
+    found = library()
+    tiles = any("amx_bf16" in line for line in processor())
+    return found is not None and not tiles and hasattr(found, "product_bfloat16_bfloat16")
+
+
+def pack(weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, eight_bits: bool = False) -> Packed:
+    """Lay weights out for the kernel.
+
+    Args:
+        weights: bfloat16 [outputs, inputs] each, of the same inputs, a multiple of 4.
+        biases: one each, or none.
+        eight_bits: round each output's weights to int8, its largest at 127.
+    """
+    outputs, inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+    more = -outputs % WIDTH
+    bias = None
+    if any(each is not None for each in biases):
+        parts = [
+            torch.zeros(len(weight)) if each is None else each.detach().float()
+            for weight, each in zip(weights, biases, strict=True)
+        ]
+        bias = pad(torch.cat(parts), (0, more))
+    whole = pad(torch.cat([weight.detach() for weight in weights]), (0, 0, 0, more))
+    if not eight_bits:
+        return Packed(_panels(whole, 2), outputs, inputs, bias)
+    scales = whole.float().abs().amax(1).clamp_min(1e-30) / _WHOLE
+    rounded = (whole.float() / scales.unsqueeze(1)).round_().to(torch.int8)
+    sums = rounded.sum(1, dtype=torch.int32) * 128
+    return Packed(_panels(rounded, 4), outputs, inputs, bias, scales, sums)
+
+
+def product(x: Tensor, packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Multiply; with int8 weights each row of ``x`` is rounded to eight bits first.
+
+    Args:
+        x: bfloat16 [..., inputs].
+        dtype: bfloat16 or float32.
+
+    Returns:
+        [..., outputs], of which a row depends on nothing but its own row of ``x``, to the last bit.
+    """
+    rows = x.reshape(-1, packed.inputs)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    count = len(rows)
+    out = torch.empty(*x.shape[:-1], packed.outputs, dtype=dtype)
+    bias = None if packed.bias is None else packed.bias.data_ptr()
+    name = "float" if dtype is torch.float32 else "bfloat16"
+    sizes = (count, packed.outputs, packed.inputs)
+    pointers = (rows.data_ptr(), rows.stride(0), packed.panels.data_ptr())
+    if packed.scales is None or packed.sums is None:
+        _function(f"product_bfloat16_{name}", 8)(*pointers, bias, out.data_ptr(), *sizes)
+    else:
+        quantized, scales = torch.empty(count, packed.inputs, dtype=torch.uint8), torch.empty(count)
+        _function(f"product_int8_{name}", 12)(
+            *pointers,
+            *(packed.scales.data_ptr(), packed.sums.data_ptr(), bias),
+            *(out.data_ptr(), quantized.data_ptr(), scales.data_ptr()),
+            *sizes,
+        )
+    return out
+
+
+def rows_of(packed: Packed, numbers: Tensor) -> Tensor:
+    """The weights of single outputs: bfloat16 [..., inputs]; for a table of embeddings that is a product, too."""
+    found = packed.panels[numbers // WIDTH, :, numbers % WIDTH].flatten(-2)
+    if packed.scales is not None:
+        found = found.float() * packed.scales[numbers].unsqueeze(-1)
+    return found.to(torch.bfloat16)
+
+
+def _panels(weights: Tensor, deep: int) -> Tensor:
+    outputs, inputs = weights.shape
+    return weights.view(outputs // WIDTH, WIDTH, inputs // deep, deep).transpose(1, 2).contiguous()
+
+
+@cache
+def _function(name: str, arguments: int) -> Any:
+    function = getattr(library(), name)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * (arguments - 5), *[ctypes.c_int64] * 3)
+    function.restype = None
+    return function
