@@ -173,6 +173,7 @@ def test_a_job_whose_result_is_kept_for_no_time_can_be_read_to_its_end(store: St
 
     assert types(store.events("a")) == "sttf"
     assert 0 < valkey.ttl(f"{keys.EVENTS}a") <= 60
+    assert valkey.zscore(keys.RETENTION, "a") is None
     assert audit(valkey) == []
 
 
