@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -87,16 +88,21 @@ def submit_too_much(world: World) -> None:
     tries += [(commands.submit(job, few, room), QueueFull)] if queued else []
     tries += [(commands.submit(job, store._settings, room), DeadlineUnreachable)] if queued and speed else []
     for command, refused in tries:
-        assert _refuses(world, command, refused), f"not refused with {refused.__name__}"
+        assert isinstance(error := _refused(world, command), refused), f"not refused with {refused.__name__}"
+        if isinstance(error, QueueFull):
+            wait = min(max(math.ceil(1 / speed), 1), 120) if speed else 120
+            assert abs(error.retry_after_seconds - wait) <= 1, (
+                f"to come back in {error.retry_after_seconds} s, not {wait}"
+            )
     assert not world.client.exists(f"{keys.JOB}never")
 
 
-def _refuses(world: World, command: Command[Any], refused: type[HeadraceError]) -> bool:
+def _refused(world: World, command: Command[Any]) -> HeadraceError | None:
     try:
         world.store._runner.run(command)
-    except refused:
-        return True
-    return False
+    except HeadraceError as error:
+        return error
+    return None
 
 
 def ask_for_nobody(world: World) -> None:
@@ -124,7 +130,8 @@ def submit_again(world: World) -> None:
 
 
 def cancel(world: World) -> None:
-    if (job_id := world.any_id()) and job_id not in world.by_rq:
+    job_id = world.any_id(S.RUNNING) if world.chance(0.5) else world.any_id()
+    if job_id and job_id not in world.by_rq:
         before = world.views[job_id].job.state
         after = world.store.cancel(job_id)
         assert before not in FINAL
@@ -182,11 +189,15 @@ def show(world: World) -> None:
 
 def mourn(world: World) -> None:
     """Dead letters are listed, all of them and nothing else; what is dead no more is dropped."""
+    for each in world.ids if world.chance(0.3) else ():  # worse than they were
+        if world.views[each].job.state is S.FAILED and each not in world.touched:
+            world.client.hset(f"{keys.JOB}{each}", "reason", "poison_job")
+            world.client.zadd(keys.DEAD, {each: world.random.random()})
     views = world.look_at(world.ids)
     dead = [job_id for job_id, view in views.items() if (view.job.state, view.job.reason) == (S.FAILED, "poison_job")]
-    for job_id in (world.any_id(S.FAILED), world.any_id(), "ghost") if world.chance(0.5) else ():
-        if job_id and job_id not in dead:
-            world.client.zadd(keys.DEAD, {job_id: world.random.choice((1, 9e15))})
+    for stale in (world.any_id(S.FAILED), world.any_id(), "ghost") if world.chance(0.5) else ():
+        if stale and stale not in dead:
+            world.client.zadd(keys.DEAD, {stale: world.random.choice((1, 9e15))})
     limit = world.random.choice((1, 2, 100))
     assert {*_page_dead(world, limit)} == {*dead}
     if limit < 100:

@@ -213,6 +213,9 @@ def renew(world: World) -> None:
     if world.held[name] and world.chance(0.3):
         world.zombies.append(world.held[name].popitem()[1])  # it forgot one
     held = {job.id: job.attempt for job in world.held[name].values()} | ({"ghost": 1} if world.chance(0.2) else {})
+    if world.zombies and world.chance(0.5):
+        old = world.random.choice(world.zombies)  # it never heard that it lost this one
+        held.setdefault(old.id, old.attempt)
     views = {job_id: world.views.get(job_id) for job_id in held}
     beat = world.store.renew(name, "busy", held, {})
     ours = {
@@ -223,7 +226,8 @@ def renew(world: World) -> None:
     assert set(beat.cancels) == {job_id for job_id, view in ours.items() if view.job.cancel_requested}
     assert not beat.suspended
     for job_id in beat.lost:
-        world.zombies += [world.held[name].pop(job_id)] if job_id != "ghost" else []
+        if job_id in world.held[name]:
+            world.zombies.append(world.held[name].pop(job_id))
     [card] = [card for card in world.store.workers() if card.name == name]
     assert (card.state, card.running, card.host) == ("busy", len(held), "h")
     running = {
