@@ -85,12 +85,8 @@ def _breaks(code: str) -> Iterator[tuple[str, str]]:
         other = " or " if found[1] == "and" else " and "
         yield f"swap {found[1]} for{other}".rstrip(), code[: found.start()] + other + code[found.end() :]
     if re.search(r"\breturn\b", code) and not re.match(r"(local )?function", stripped):
-        yield "drop the return", re.sub(r"\breturn( (call|finish|forget)\()?", _without, code, count=1)
-
-
-def _without(found: re.Match[str]) -> str:
-    """A function that is called last is called still; a bare value must go somewhere."""
-    return f"{found[2]}(" if found[2] else "local _ ="
+        bare = re.search(r"\breturn(?= end\b|$)", code)  # what it returned must go somewhere
+        yield "drop the return", re.sub(r"\breturn\b", "" if bare else "local _ =", code, count=1)
 
 
 class House:
@@ -117,6 +113,7 @@ class House:
         """How the walks find it, in a few words; empty if they do not."""
         self._break(mutant)
         scripting.FOLDER = self.scripts
+        self._compile(mutant)
         for seed in range(seeds):
             if seed == 1:  # this one and those behind it pack in pieces
                 log = self.scripts / "lib" / "log.lua"
@@ -146,6 +143,15 @@ class House:
             lines = path.read_text(encoding="utf-8").split("\n")
             lines[mutant.line - 1] = mutant.new
             path.write_text("\n".join(lines), encoding="utf-8")
+
+    def _compile(self, mutant: Mutant | None) -> None:
+        """Whoever breaks the language is found by everybody."""
+        scripting.scripts.cache_clear()
+        try:
+            for script in scripting.scripts().values():
+                self.client.script_load(script.text)
+        except redis.ResponseError as error:
+            raise ValueError(f"{mutant} does not compile: {error}") from error
 
     def _walk(self, seed: int, steps: int) -> str:
         try:

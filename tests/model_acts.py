@@ -189,7 +189,7 @@ def show(world: World) -> None:
 def mourn(world: World) -> None:
     """Dead letters are listed, all of them and nothing else; what is dead no more is dropped."""
     for each in world.ids if world.chance(0.3) else ():  # worse than they were
-        if world.views[each].job.state is S.FAILED and each not in world.touched:
+        if world.views[each].job.state is S.FAILED and each not in world.touched and world.chance(0.5):
             world.client.hset(f"{keys.JOB}{each}", "reason", "poison_job")
             world.client.zadd(keys.DEAD, {each: world.random.random()})
     views = world.look_at(world.ids)
