@@ -53,7 +53,7 @@ def submit(world: World) -> None:
     assert world.client.sismember(keys.QUEUES, keys.READY), "RQ does not know of the queue"
     if world.chance(0.3):  # its failures are kept otherwise
         world.client.hset(f"{keys.JOB}{job_id}", "failure_ttl", pick.choice((-1, 900)))
-    if world.ids and world.chance(0.5) and (born := world.views[world.ids[-1]].kept.born):
+    if world.ids and world.chance(0.8) and (born := world.views[world.ids[-1]].kept.born):
         world.client.zadd(f"{keys.INDEX}generate:queued", {job_id: born})  # they came in one microsecond
     if world.chance(0.4):
         fields = {
@@ -129,7 +129,10 @@ def submit_again(world: World) -> None:
 
 
 def cancel(world: World) -> None:
+    deferred = [job_id for job_id, view in world.views.items() if view.fields["status"] == "deferred"]
     job_id = world.any_id(S.RUNNING) if world.chance(0.5) else world.any_id()
+    if deferred and world.chance(0.3):
+        job_id = world.random.choice(deferred)
     if job_id and job_id not in world.by_rq:
         before = world.views[job_id].job.state
         after = world.store.cancel(job_id)
@@ -141,11 +144,8 @@ def cancel(world: World) -> None:
 
 def retry(world: World) -> None:
     if job_id := world.any_id(S.FAILED) if world.chance(0.8) else world.any_id():
-        now, before, dead = (
-            world.client.time()[0],
-            world.look(job_id).job,
-            dead_letters.ONLY_DEAD if world.chance(0.2) else "",
-        )
+        before, now = world.seen(job_id).job, world.client.time()[0] * 1000
+        dead = dead_letters.ONLY_DEAD if world.chance(0.2) else ""
         [moved, *_] = world.store._runner.run(Command("retry", [job_id, dead], list))
         may = before.state is S.FAILED and (not dead or before.reason == "poison_job")
         assert (moved == dead_letters.MOVED) == may, f"retry {dead} of {before.state}, {before.reason}: {moved}"
@@ -153,9 +153,7 @@ def retry(world: World) -> None:
             view = world.look(job_id)
             assert (view.job.state, view.job.error, view.log, view.job.started_at) == (S.QUEUED, None, [], None)
             patience = view.number("deadline_in")
-            assert view.number("deadline_at") >= now * 1000 + patience or not patience, (
-                "it has not its whole time again"
-            )
+            assert not patience or view.number("deadline_at") >= now + patience, "not its whole time again"
             suspect = [key.startswith(keys.SUSPECTS) for key, _ in view.facts.lists]
             assert job_id in world.pushed or suspect == [view.job.crashes >= 2]
 
@@ -163,7 +161,7 @@ def retry(world: World) -> None:
 def delete(world: World) -> None:
     over = [job_id for job_id in world.ids if world.views[job_id].job.state in FINAL]
     if job_id := world.random.choice(over) if len(over) > 4 else world.any_id(S.QUEUED, S.RUNNING):
-        over_now = world.look(job_id).job.state in FINAL
+        over_now = world.seen(job_id).job.state in FINAL
         try:
             world.store.delete(job_id)
         except JobConflict:

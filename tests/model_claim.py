@@ -32,8 +32,9 @@ def claim_as(world: World, name: str, room: int) -> None:
         assert (len(got.jobs), len(mine), world.client.exists(keys.HOLD)) == (1, 0, 0)
     assert len(got.jobs) <= room
     assert not got.more or (world.small and len(got.jobs) < room)
+    views = world.look_at([job.id for job in got.jobs])
     for job in got.jobs:
-        view, last = world.look(job.id), world.views[job.id].job.attempt
+        view, last = views[job.id], world.views[job.id].job.attempt
         assert (view.job.state, view.job.worker, view.job.attempt) == (S.RUNNING, name, job.attempt)
         assert job.attempt == last + 1, f"{job.id}: claimed without raising the fence by one"
         assert job.crashes < 2 or got.alone, f"{job.id}: a suspect beside others"

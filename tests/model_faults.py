@@ -90,10 +90,11 @@ def _bury(world: World, name: str, how: str, sweep: Callable[[], ReapReport]) ->
     if not world.by_rq:
         found = ({*report.dead}, report.ended, report.requeued)
         assert found == (dead, cancelled, len(mine) - cancelled - len(dead)), f"{found} of {[*began]}"
+    views = world.look_at([view.job.id for view in mine])
     for view in mine:
         if view.job.id in world.by_rq:
             continue
-        after, crashes = world.look(view.job.id).job, _crashes(view)
+        after, crashes = views[view.job.id].job, _crashes(view)
         state = S.CANCELLED if view.job.cancel_requested else S.FAILED if crashes >= 3 else S.QUEUED
         assert (after.state, after.crashes) == (state, crashes), (
             f"{view.job.id}: {after.state}, {after.crashes} crashes"

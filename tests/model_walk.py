@@ -83,6 +83,12 @@ class World:
             each.add(job_id)
         self.shown.pop(job_id, None)
 
+    def seen(self, job_id: str) -> View:
+        """The job as it was when the last act had ended."""
+        if job_id not in self.views:
+            raise JobNotFound(job_id)
+        return self.views[job_id]
+
     def look(self, job_id: str) -> View:
         """The job as it is now; ``Store.get`` would mend what stock RQ left behind."""
         found = self.look_at([job_id])

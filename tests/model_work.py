@@ -23,7 +23,7 @@ def publish(world: World) -> None:
     if (found := world.any_held()) is None:
         return
     name, job = found
-    view = world.look(job.id)
+    view = world.seen(job.id)
     first = view.log[-1].number + 1 if view.log and view.job.attempt == job.attempt else job.next_event
     said = world.speech(job, view.number("tokens"), first, world.random.randint(1, 3))
     settled = view.fields.get("settled") == str(job.attempt)
@@ -67,7 +67,7 @@ def settle(world: World) -> None:
 
 def end(world: World, job: ClaimedJob) -> None:
     """Settle, perhaps several times; refused unless the attempt is the job's, and then exactly as it was said."""
-    pick, view = world.random, world.look(job.id)
+    pick, view = world.random, world.seen(job.id)
     outcome = pick.choice([Outcome.SUCCEEDED, *Outcome])
     if view.number("retries_left") and world.chance(0.6):
         outcome = Outcome.FAILED
@@ -161,7 +161,7 @@ def zombie(world: World) -> None:
     reaped = [job for job in world.zombies if world.views[job.id].job.state is S.QUEUED]
     job = world.random.choice(reaped if reaped and world.chance(0.3) else world.zombies)
     what = world.random.choice(["release", "publish", "publish", "adopt", "end", "end"])
-    view = world.look(job.id)
+    view = world.seen(job.id)
     lost = view.job.attempt != job.attempt or view.job.state is not S.RUNNING
     if what == "end":
         end(world, job)
@@ -190,7 +190,7 @@ def release(world: World) -> None:
 
 
 def release_now(world: World, job: ClaimedJob) -> None:
-    view = world.look(job.id)
+    view = world.seen(job.id)
     ours = view.job.attempt == job.attempt and view.job.state is S.RUNNING
     assert world.store._runner.run(commands.release(job.id, job.attempt)) == ours, f"{job.id}: released, {ours}"
     if world.chance(0.5):
