@@ -113,6 +113,7 @@ class House:
         """How the walks find it, in a few words; empty if they do not."""
         self._break(mutant)
         scripting.FOLDER = self.scripts
+        self._flush()
         self._compile(mutant)
         for seed in range(seeds):
             if seed == 1:  # this one and those behind it pack in pieces
@@ -144,6 +145,13 @@ class House:
             lines[mutant.line - 1] = mutant.new
             path.write_text("\n".join(lines), encoding="utf-8")
 
+    def _flush(self) -> None:
+        try:
+            self.client.flushall()
+        except redis.RedisError:  # a script that never ends
+            self.close()
+            self._start()
+
     def _compile(self, mutant: Mutant | None) -> None:
         """Whoever breaks the language is found by everybody."""
         scripting.scripts.cache_clear()
@@ -154,11 +162,7 @@ class House:
             raise ValueError(f"{mutant} does not compile: {error}") from error
 
     def _walk(self, seed: int, steps: int) -> str:
-        try:
-            self.client.flushall()
-        except redis.RedisError:  # a script that never ends
-            self.close()
-            self._start()
+        self._flush()
         store = Store(settings(self.server.url, **SETTINGS))
         signal.alarm(LONGEST_SECONDS)
         try:

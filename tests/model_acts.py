@@ -53,8 +53,8 @@ def submit(world: World) -> None:
     assert world.client.sismember(keys.QUEUES, keys.READY), "RQ does not know of the queue"
     if world.chance(0.3):  # its failures are kept otherwise
         world.client.hset(f"{keys.JOB}{job_id}", "failure_ttl", pick.choice((-1, 900)))
-    if world.ids and world.chance(0.8) and (born := world.views[world.ids[-1]].kept.born):
-        world.client.zadd(f"{keys.INDEX}generate:queued", {job_id: born})  # they came in one microsecond
+    if world.ids and world.chance(0.6) and (born := world.views[pick.choice(world.ids)].kept.born):
+        world.client.zadd(f"{keys.INDEX}generate:queued", {job_id: born})  # created with another, and then retried
     if world.chance(0.4):
         fields = {
             "retries_left": pick.choice((1, 2)),
@@ -134,8 +134,9 @@ def cancel(world: World) -> None:
     if deferred and world.chance(0.3):
         job_id = world.random.choice(deferred)
     if job_id and job_id not in world.by_rq:
-        before = world.views[job_id].job.state
+        before, results = world.views[job_id].job.state, world.client.xlen(f"{keys.RESULTS}{job_id}")
         after = world.store.cancel(job_id)
+        assert world.client.xlen(f"{keys.RESULTS}{job_id}") == results, "cancelled, and RQ has a result"
         assert before not in FINAL
         assert (after.state, after.cancel_requested) == (
             (S.RUNNING, True) if before is S.RUNNING else (S.CANCELLED, False)

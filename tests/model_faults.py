@@ -187,6 +187,8 @@ def mend(world: World) -> None:
         return
     before = world.views[job_id]
     hurt = world.random.choice([each for each in HURTS if each(world, job_id)])
+    if job_id in rare and world.chance(0.5) and _lose_registry(world, job_id):
+        hurt = _lose_registry
     for command in hurt(world, job_id):
         world.client.execute_command(*command)
     audit.mend(world.client, job_id)

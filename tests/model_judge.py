@@ -84,8 +84,6 @@ def judge_job(view: View) -> Iterator[str]:
     if view.job.state is S.RUNNING and (not view.stays or "suspect_at" in view.fields):
         yield f"runs, a suspect since {view.fields.get('suspect_at')}, and Redis will forget it: {not view.stays}"
     if view.job.state in FINAL:
-        if not view.fields.get("ended_at"):
-            yield f"{view.job.state}, and never ended"
         if not view.facts.places <= {"finished", "failed", "canceled", "retention", "dead"}:
             yield f"{view.job.state}, and is in {sorted(view.facts.places)}"
         if view.stays != (view.keep_seconds < 0) or "cancel_requested" in view.fields:
@@ -135,6 +133,8 @@ def judge_ours(view: View) -> Iterator[str]:
 def judge_end(view: View) -> Iterator[str]:
     """What is wrong with what is left of an ended job, and with how long."""
     fields, kept, keep = view.fields, view.kept, view.keep_seconds
+    if not fields.get("ended_at"):
+        yield f"{view.job.state}, and never ended"
     if left := FLEETING & {*fields}:
         yield f"{view.job.state}, and has {sorted(left)}"
     if view.job.state is S.SUCCEEDED and "deaths" in fields:

@@ -48,6 +48,7 @@ class World:
         self.ids: list[str] = []
         self.made = 0
         self.by_rq: set[str] = set()  #: ids that stock RQ moved, and nobody has looked at since
+        self.unjudged: set[str] = set()  #: ids that were such when they last looked otherwise than before
         self.touched: set[str] = set()  #: ids that stock RQ ever moved
         self.pushed: set[str] = set()  #: ids that may be in a list once more, by stock RQ's doing
         self.acts: Counter[str] = Counter()
@@ -138,8 +139,12 @@ class World:
 
     def _judge(self, before: View | None, job_id: str, act: str) -> list[str]:
         view = self.views[job_id]
-        if view is before or job_id in self.by_rq:
+        if job_id in self.by_rq:
+            self.unjudged.add(job_id)
             return []
+        if view is before and job_id not in self.unjudged:
+            return []
+        self.unjudged.discard(job_id)
         if before and before.job.state in FINAL and view.job.state not in FINAL:
             self.shown.pop(job_id, None)  # another run
         found = [each for each in audit.judge(view.facts) if not self._left_by_rq(job_id, each)]

@@ -61,9 +61,9 @@ local function pop(list, trusted)
       expire(id, job)
     elseif job and not trusted and job.crashes >= 2 then
       pass(id, job)
-      if not job.waiting_for then requeue(id, job, 'suspects') end -- or it is among those of its like
+      if not job.waiting_for then requeue(id, job, 'suspects') end -- else RQ queued it twice, and it waits elsewhere
     elseif job and not is_ours(job) then
-      requeue(id, job, 'back')
+      if not job.waiting_for or list == like_list(job) then requeue(id, job, 'back') end
     elseif job and not may_resume(id, job) then
       wait_for_like(id, job, patience)
     elseif job then
