@@ -24,7 +24,7 @@ class HeadraceEngine:
         }
         self.settings: Mapping[str, Any] = {
             "weights": dtype,
-            "cache": dtype,
+            "cache": "bfloat16" if dtype == "int8" else dtype,
             "options": f"max_running={running}, threads={threads}, the rest as it comes",
         }
 
@@ -42,7 +42,15 @@ class HeadraceEngine:
         return [answers[str(number)] for number in range(len(items))]
 
     def perplexity(self, prose: stdio.Prose) -> float:
-        raise stdio.CannotScore("the engine has no task that scores given tokens yet")
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+        requests = [Request(token_ids=tuple(window), params=params) for window in prose.windows]
+        return stdio.perplexity_of(
+            [
+                [token.logprob for token in result.prompt_logprobs[1:] if token is not None]
+                for result in self._engine.generate(requests)
+                if result.prompt_logprobs is not None
+            ]
+        )
 
 
 def main() -> None:

@@ -35,6 +35,13 @@ INTERPRETERS: Mapping[str, Path] = {
 
 SYSTEMS: Mapping[str, System] = {
     "engine": System(label="Headrace, bare engine", module="headrace_engine", environment="ours", weights="folder"),
+    "engine-int8": System(
+        label="Headrace, bare engine, int8",
+        module="headrace_engine",
+        environment="ours",
+        weights="folder",
+        arguments=("--dtype", "int8"),
+    ),
     "openvino": System(
         label="OpenVINO GenAI, continuous batching",
         module="openvino_genai",
