@@ -6,7 +6,6 @@ from jobs import commands, keys
 from jobs.job import FINAL, JobState
 from tests.jobs_world import pass_deadline
 from tests.model_walk import World, gone
-from tests.model_work import stands_where_it_should
 
 S = JobState
 
@@ -73,7 +72,11 @@ def promote(world: World) -> None:
     full = world.client.zcard(keys.SCHEDULED) >= commands.SWEEP
     assert world.store._runner.run(commands.promote())[1] == full, "whether there is more to promote"
     world.store.promote()
+    lists, views = world.lists(), world.look_at([*due])
     for job_id, view in due.items():
-        after = world.look(job_id)
+        after = views[job_id]
         assert (after.fields["status"], after.fields["enqueued_at"] > view.fields["enqueued_at"]) == ("queued", True)
-        assert len(due) > 1 or stands_where_it_should(world, after)
+        for ids in (lists[key] for key, _ in after.facts.lists if job_id not in world.pushed):
+            first = after.fields.get("enqueue_at_front_on_retry") == "1"
+            others = [place for place, each in enumerate(ids) if each not in due]
+            assert all((ids.index(job_id) < place) == first for place in others), f"{job_id}, first: {first}, of {ids}"

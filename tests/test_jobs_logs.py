@@ -152,6 +152,18 @@ def test_a_long_log_is_packed_in_bounded_pieces_and_readable_meanwhile(
     assert audit(valkey) == []
 
 
+def test_a_token_takes_two_bytes_of_a_packed_log(store: Store, valkey: redis.Redis) -> None:
+    sizes = []
+    for job_id, tokens in (("a", 10), ("b", 11)):
+        add(store, job_id)
+        [job] = take(store)
+        store.report([say(job, *[1] * tokens)], [])
+        succeed(store, job, result("w1 " * tokens))
+        sizes.append(valkey.hstrlen(f"{keys.JOB}{job_id}", "log"))
+
+    assert sizes[1] - sizes[0] == 2  # its length and what it is, and its id
+
+
 def test_a_log_that_ends_while_it_is_long_is_forgotten_whole(store: Store, valkey: redis.Redis) -> None:
     add(store, "a")
     [job] = take(store)
