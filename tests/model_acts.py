@@ -1,6 +1,7 @@
-"""The acts of the model test's walk: here those of clients and of the house's clock, and what must come of each.
+"""The acts of the model test's walk: here those of clients, and what must come of each.
 
-``tests.model_work`` has what workers do, ``tests.model_faults`` what goes wrong.
+``tests.model_claim`` and ``tests.model_work`` have what workers do, ``tests.model_clock`` what the house's clock does,
+``tests.model_faults`` what goes wrong, ``tests.model_rq`` what stock RQ does.
 """
 
 from __future__ import annotations

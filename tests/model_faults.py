@@ -1,4 +1,4 @@
-"""What goes wrong in the model test's walk: workers die, jobs lose their place, stock RQ moves jobs."""
+"""What goes wrong in the model test's walk: workers die, jobs lose their place."""
 
 from __future__ import annotations
 

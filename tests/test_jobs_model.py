@@ -1,6 +1,7 @@
 """A seeded random walk over everything that can happen to jobs, judged at each step, and mutants that it must find.
 
-``tests.model_walk`` has what must hold, ``tests.model_acts`` the acts; ``benchmarks.mutants`` breaks every line.
+``tests.model_walk`` takes the steps, ``tests.model_acts`` has the acts, ``tests.model_judge`` and ``tests.model_house``
+what must hold after each; ``benchmarks.mutants`` breaks every line.
 """
 
 from __future__ import annotations
