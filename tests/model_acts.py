@@ -58,7 +58,7 @@ def submit(world: World) -> None:
         world.client.zadd(f"{keys.INDEX}generate:queued", {job_id: born})  # created with another, and then retried
     if world.chance(0.4):
         fields = {
-            "retries_left": pick.choice((1, 2)),
+            "retries_left": pick.choice((1, 1, 2)),
             "retry_intervals": "[0, 5]",
             "enqueue_at_front_on_retry": pick.choice((0, 1)),
         }
@@ -146,7 +146,7 @@ def cancel(world: World) -> None:
 
 def retry(world: World) -> None:
     if job_id := world.any_id(S.FAILED) if world.chance(0.8) else world.any_id():
-        before, now = world.seen(job_id).job, world.client.time()[0] * 1000
+        before, (now, micro) = world.seen(job_id).job, world.client.time()
         dead = dead_letters.ONLY_DEAD if world.chance(0.2) else ""
         [moved, *_] = world.store._runner.run(Command("retry", [job_id, dead], list))
         may = before.state is S.FAILED and (not dead or before.reason == "poison_job")
@@ -155,7 +155,8 @@ def retry(world: World) -> None:
             view = world.look(job_id)
             assert (view.job.state, view.job.error, view.log, view.job.started_at) == (S.QUEUED, None, [], None)
             patience = view.number("deadline_in")
-            assert not patience or view.number("deadline_at") >= now + patience, "not its whole time again"
+            asked = now * 1000 + micro // 1000 + patience
+            assert not patience or view.number("deadline_at") >= asked, "it has not its whole time again"
             suspect = [key.startswith(keys.SUSPECTS) for key, _ in view.facts.lists]
             assert job_id in world.pushed or suspect == [view.job.crashes >= 2]
 
@@ -255,7 +256,7 @@ ACTS: dict[Callable[[World], None], int] = {
     submit: 16, submit_too_much: 1, submit_again: 2, ask_for_nobody: 1, cancel: 2, retry: 4, delete: 8, show: 5,
     page: 2, mourn: 3,
     claim: 24, publish: 18, settle: 7, zombie: 12, release: 6, renew: 4, suspend: 1, suspects_wait: 3,
-    expire: 2, lose_patience: 2, forget: 3, promote: 2,
+    expire: 2, lose_patience: 2, forget: 3, promote: 4,
     die: 9, fall_silent: 3, leave: 3, mend: 8, mend_nobody: 1,
     push_twice: 3, rq_enqueue: 4, rq_cancel: 2, rq_requeue: 4, rq_clean: 1,
 }  # fmt: skip

@@ -71,7 +71,7 @@ def end(world: World, job: ClaimedJob) -> None:
     outcome = pick.choice([Outcome.SUCCEEDED, *Outcome])
     if view.number("retries_left") and world.chance(0.6):
         outcome = Outcome.FAILED
-    error = pick.choice([None, EngineError("again")])
+    error = pick.choice([None, EngineError("again"), EngineError("again")])
     log, whole = list(view.log), world.chance(0.7)
     answer = answer_of(log if whole else [])
     if view.job.resume is Resume.ANY and whole and world.chance(0.5):  # as long, and not what was published
