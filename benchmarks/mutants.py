@@ -152,7 +152,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__)
     parser.add_argument("--scripts", nargs="*", default=changers(), help="which ones (all that change something)")
     parser.add_argument("--steps", type=int, default=600, help="of a walk (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=8, help="walks for each mutant (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=12, help="walks for each mutant (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="walks at once (%(default)s)")
     parser.add_argument("--keep", type=Path, help="keep verdicts here, and take those that are there")
     parser.add_argument("--minutes", type=float, default=24 * 60.0, help="stop then; exit status 75 if more is to do")

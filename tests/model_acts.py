@@ -56,9 +56,9 @@ def submit(world: World) -> None:
         world.client.hset(f"{keys.JOB}{job_id}", "failure_ttl", pick.choice((-1, 900)))
     if world.ids and world.chance(0.6) and (born := world.views[pick.choice(world.ids)].kept.born):
         world.client.zadd(f"{keys.INDEX}generate:queued", {job_id: born})  # created with another, and then retried
-    if world.chance(0.4):
+    if world.chance(0.5):
         fields = {
-            "retries_left": pick.choice((1, 1, 2)),
+            "retries_left": pick.choice((1, 2)),
             "retry_intervals": "[0, 5]",
             "enqueue_at_front_on_retry": pick.choice((0, 1)),
         }
@@ -189,7 +189,7 @@ def show(world: World) -> None:
 
 def mourn(world: World) -> None:
     """Dead letters are listed, all of them and nothing else; what is dead no more is dropped."""
-    for each in world.ids if world.chance(0.3) else ():  # worse than they were
+    for each in world.ids if world.chance(0.5) else ():  # worse than they were
         if world.views[each].job.state is S.FAILED and each not in world.touched and world.chance(0.5):
             world.client.hset(f"{keys.JOB}{each}", "reason", "poison_job")
             world.client.zadd(keys.DEAD, {each: world.random.random()})
@@ -198,7 +198,7 @@ def mourn(world: World) -> None:
     for stale in (world.any_id(S.FAILED), world.any_id(), "ghost") if world.chance(0.5) else ():
         if stale and stale not in dead:
             world.client.zadd(keys.DEAD, {stale: world.random.choice((1, 9e15))})
-    limit = world.random.choice((1, 2, 100))
+    limit = world.random.choice((1, 1, 2, 100))
     assert {*_page_dead(world, limit)} == {*dead}
     if limit < 100:
         world.store._runner.run(dead_letters.page(None, 100))  # drops the rest of what is none
@@ -254,7 +254,7 @@ def _page(world: World, states: Collection[S]) -> set[str]:
 #: Each act, and how likely it is.
 ACTS: dict[Callable[[World], None], int] = {
     submit: 16, submit_too_much: 1, submit_again: 2, ask_for_nobody: 1, cancel: 2, retry: 4, delete: 8, show: 5,
-    page: 2, mourn: 3,
+    page: 2, mourn: 4,
     claim: 24, publish: 18, settle: 7, zombie: 12, release: 6, renew: 4, suspend: 1, suspects_wait: 3,
     expire: 2, lose_patience: 2, forget: 3, promote: 4,
     die: 9, fall_silent: 3, leave: 3, mend: 8, mend_nobody: 1,
