@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
 
 from core.errors import EngineError
 from jobs import keys
@@ -46,10 +48,12 @@ def test_jobs_of_one_claim_and_one_microsecond_are_reaped_in_the_order_of_their_
     take(store)
     kill(store)
 
-    assert [name.decode() for name in valkey.lrange(keys.READY, 0, -1)] == names
+    assert valkey.lrange(keys.READY, 0, -1) == [name.encode() for name in names]
 
 
-def test_a_job_that_waits_for_its_like_is_sent_on_by_its_like_of_another_model(store: Store) -> None:
+def test_a_job_that_waits_for_its_like_is_sent_on_by_its_like_of_another_model(
+    store: Store, valkey: redis.Redis
+) -> None:
     otherwise = dataclasses.replace(CARD, dtype="bfloat16")
     born(store, "u", card=otherwise)
     born(store, "o", card=OTHER)
@@ -60,5 +64,20 @@ def test_a_job_that_waits_for_its_like_is_sent_on_by_its_like_of_another_model(s
     assert take(store, "u", card=otherwise) == []
     assert take(store, "o", card=OTHER) == []
 
+    assert valkey.zscore(keys.WAITS, "a") is None
     assert [job.id for job in take(store)] == ["a"]
     assert take(store) == []
+
+
+def test_a_job_that_waits_for_its_like_and_is_cancelled_by_rq_waits_no_more(store: Store, valkey: redis.Redis) -> None:
+    otherwise = dataclasses.replace(CARD, dtype="bfloat16")
+    born(store, "u", card=otherwise)
+    add(store, "a", resume=Resume.WAIT)
+    [job] = take(store)
+    store.report([say(job, 1)], [])
+    store.release([("a", job.attempt)])
+    assert take(store, "u", card=otherwise) == []
+    Job.fetch("a", connection=valkey, serializer=JSONSerializer).cancel()
+
+    assert store.get("a").waiting_for is None
+    assert valkey.zscore(keys.WAITS, "a") is None
