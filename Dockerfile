@@ -1,4 +1,4 @@
-# One image for the API and the worker; the command says which. `docker build .` takes torch's CPU build.
+# One image for API, worker and courier; the command says which. `docker build .` takes torch's CPU build.
 ARG BASE=python:3.12-slim
 
 FROM ${BASE} AS build
@@ -13,6 +13,7 @@ WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY api api
 COPY core core
+COPY courier courier
 COPY headrace headrace
 COPY jobs jobs
 COPY worker worker
@@ -23,7 +24,7 @@ FROM ${BASE}
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 headrace \
  && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin headrace \
- && install -d -o 10001 -g 10001 -m 0700 /models /keys
+ && install -d -o 10001 -g 10001 -m 0700 /models /keys /hooks
 COPY --from=build /opt/headrace /opt/headrace
 ENV PATH=/opt/headrace/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

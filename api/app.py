@@ -99,6 +99,7 @@ def create_app(settings: ApiSettings, store: AsyncStore) -> FastAPI:
         fleet=Fleet(store, settings.model),
         held=Held(settings.max_streams),
         metrics=metrics,
+        hosts=settings.hosts,
     )
     for routes in ROUTES:
         app.include_router(routes.router)

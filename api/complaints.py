@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from api.errors import MalformedBody
 from api.schema import Names
-from core.bounds import BOUNDS, refuse_unknown
+from core.bounds import BOUNDS, PRIORITY, refuse_unknown
 from core.errors import HeadraceError, InvalidField
 from core.request import Kind
 
@@ -58,6 +58,8 @@ def _name_unknown(error: Mapping[str, Any], path: tuple[str, ...], names: Names)
 def _name_bound(error: Mapping[str, Any], path: tuple[str, ...]) -> None:
     if len(path) == 2 and path[0] == "params" and path[1] in BOUNDS:
         BOUNDS[path[1]].check(".".join(path), error["input"])
+    if path == ("priority",):
+        PRIORITY.check("priority", error["input"])
 
 
 def _tag(error: Mapping[str, Any]) -> str:

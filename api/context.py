@@ -14,6 +14,7 @@ from api.settings import ApiSettings
 from core.bounds import Wire
 from jobs.async_store import AsyncStore
 from jobs.job import Job
+from jobs.webhooks import AllowedHosts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,7 @@ class Context:
     fleet: Fleet
     held: Held
     metrics: Metrics
+    hosts: AllowedHosts
 
     async def wire(self, job: Job) -> Wire:
         """The job as clients see it, with an estimate of when its turn comes."""

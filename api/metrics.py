@@ -78,6 +78,10 @@ def _of_queue(queue: QueueReport) -> Iterable[Metric]:
     yield jobs
     yield GaugeMetricFamily("headrace_queue_depth", "Jobs that wait to be claimed", value=queue.queued)
     yield GaugeMetricFamily("headrace_dead_letters", "Jobs that killed their workers", value=queue.dead_letters)
+    told = queue.callbacks
+    yield GaugeMetricFamily("headrace_webhooks_pending", "Callbacks that wait to be delivered", value=told.waiting)
+    yield CounterMetricFamily("headrace_webhooks_delivered", "Callbacks that were delivered", value=told.delivered)
+    yield CounterMetricFamily("headrace_webhooks_failed", "Callbacks that were given up", value=told.failed)
 
 
 def _of_memory(memory: MemoryReport) -> Iterable[Metric]:

@@ -27,10 +27,12 @@ from core.bounds import (
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
     MAX_TOKEN_ID,
+    PRIORITY,
 )
 from core.errors import InvalidField
-from core.request import Kind, Request, SamplingParams
-from jobs.job import JobState, NewJob, Resume
+from core.request import FIELDS, Kind, Request, SamplingParams
+from jobs.job import WEBHOOK_EVENTS, JobState, NewJob, Resume
+from jobs.webhooks import MAX_URL_CHARACTERS
 
 MAX_SECONDS = 2_592_000  #: thirty days: the longest deadline and retention a request may ask for
 MAX_METADATA = 16
@@ -75,6 +77,14 @@ _SCHEMA = {
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 ModelName = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_CHARACTERS)]
+Priority = Annotated[
+    int,
+    Field(
+        ge=int(PRIORITY.low),
+        le=int(PRIORITY.high),
+        description="the lower, the earlier: negative before 0, and positive behind",
+    ),
+]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=MAX_METADATA_KEY)]
 MetadataValue = Annotated[str, Field(max_length=MAX_METADATA_VALUE)]
 JobId = Annotated[str, Field(pattern=JOB_ID, max_length=128)]
@@ -150,16 +160,25 @@ class NoParams(Body):
     """Nothing is drawn, so nothing can be said about how."""
 
 
+class WebhookBody(Body):
+    """Whom to tell that the job has ended, whichever way."""
+
+    url: Annotated[str, Field(min_length=1, max_length=MAX_URL_CHARACTERS)]
+    events: Annotated[list[Literal["completed"]], Field(min_length=1, max_length=len(WEBHOOK_EVENTS))] = ["completed"]
+
+
 class JobFields(Body):
     """What every kind of job may say."""
 
     model: ModelName | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
+    priority: Priority = 0
     deadline_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS)] | None = None
     resume: Annotated[Resume, Field(strict=False)] = Resume.RESTART
     refuse_if_late: bool = False
     result_ttl_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] = Field(default_factory=dict)
+    webhook: WebhookBody | None = None
 
     def to_request(self) -> Request:
         """What the client asked, in the words of ``core``.
@@ -167,8 +186,7 @@ class JobFields(Body):
         Raises:
             RequestError: naming the field.
         """
-        wire = self.model_dump(include={"kind", "model", "input", "params", "cache_salt"}, exclude_unset=True)
-        return Request.from_wire(wire)
+        return Request.from_wire(self.model_dump(include=set(FIELDS), exclude_unset=True))
 
     def to_new_job(self, job_id: str, request: Request, *, result_ttl_seconds: int) -> NewJob:
         """The job to submit; ``request`` is ours with the model's name settled.
@@ -186,6 +204,7 @@ class JobFields(Body):
             refuse_if_late=self.refuse_if_late,
             result_ttl_seconds=self.result_ttl_seconds or result_ttl_seconds,
             metadata=self.metadata,
+            webhook=self.webhook.url if self.webhook else None,
         )
 
 
@@ -210,6 +229,7 @@ class TextBody(Body):
 
     input_text: Prompt
     model: ModelName | None = None
+    priority: Priority = 0
 
 
 class RetryBody(Body):
@@ -266,6 +286,7 @@ JOB_NAMES: Names = {
     "params.structured_outputs": structured.FORMS,
     "input": (*GenerateInput.model_fields, *PredictInput.model_fields),
     "input.messages": tuple(Turn.model_fields),
+    "webhook": tuple(WebhookBody.model_fields),
 }
 TEXT_NAMES: Names = {"": tuple(TextBody.model_fields)}
 RETRY_NAMES: Names = {"": tuple(RetryBody.model_fields)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jobs.settings import DURABILITIES
+from jobs.webhooks import AllowedHosts
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -32,9 +33,12 @@ class ApiSettings:
     result_ttl_seconds: int = 86_400
     max_streams: int = 1_000  #: event streams and held requests of this process at once
     heartbeat_seconds: float = 15.0  #: the longest silence on an event stream
+    webhook_hosts: str = ""  #: who may be called back; see ``jobs.webhooks``
+    webhook_private_hosts: str = ""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
+        self.hosts  # noqa: B018  # an entry that is none shows now
         self._check("port", 0, 65_535)
         self._check("max_body_bytes", 1_024, 1_073_741_824)
         self._check("max_wait_seconds", 0, 3_600)
@@ -69,6 +73,11 @@ class ApiSettings:
     def origins(self) -> tuple[str, ...]:
         """``allow_origin``, taken apart."""
         return tuple(origin.strip().rstrip("/") for origin in self.allow_origin.split(",") if origin.strip())
+
+    @property
+    def hosts(self) -> AllowedHosts:
+        """Who may be called back."""
+        return AllowedHosts(self.webhook_hosts, self.webhook_private_hosts)
 
     def read_key(self) -> str:
         """The key clients must send; empty when there is none.

@@ -65,6 +65,7 @@ BOUNDS: Mapping[str, Bound] = {
     "min_tokens": Bound(0, 131_072, whole=True),
 }
 LOGIT_BIAS = Bound(-100.0, 100.0)  #: of each token
+PRIORITY = Bound(-100, 100, whole=True)  #: of a request; the lower, the earlier
 
 
 def refuse_unknown(fields: Mapping[str, object], known: Collection[str], *, prefix: str = "") -> None:

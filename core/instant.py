@@ -145,7 +145,7 @@ class InstantEngine:
             self._sleep(self._config.step_seconds)
         events: list[Event] = []
         places = self._config.max_running
-        for job in list(self._jobs.values()):
+        for job in sorted(self._jobs.values(), key=_turn):
             running = job.going_on[:places]
             places -= len(running)
             events += self._advance(job, running)
@@ -169,6 +169,11 @@ class InstantEngine:
         self.stats.generated_tokens += rows
         if rows:
             self.stats.decode_rows[rows] = self.stats.decode_rows.get(rows, 0) + 1
+
+
+def _turn(job: Choices[InstantSequence]) -> tuple[bool, int]:
+    """What has begun goes on, then the lower priority goes first."""
+    return not any(sequence.tokens for sequence in job.sequences), job.request.priority
 
 
 def _take(job_id: str, request: Request, emitted: tuple[Emitted, ...]) -> Choices[InstantSequence]:

@@ -70,5 +70,8 @@ class EngineProtocol(Protocol):
         ...
 
     def step(self) -> list[Event]:
-        """Compute one step for all jobs that fit, and return what happened, in order."""
+        """Compute one step for all jobs that fit, and return what happened, in order.
+
+        Where not all fit, those of a lower ``Request.priority`` go before others; nobody who runs waits for that.
+        """
         ...

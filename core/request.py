@@ -49,6 +49,7 @@ class Request:
     token_ids: tuple[int, ...] | None = None
     params: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str | None = None  #: only requests with the same one share cached prompts
+    priority: int = 0  #: the lower, the earlier
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompt", "messages", "token_ids") if getattr(self, name) is not None]
@@ -65,16 +66,17 @@ class Request:
         salt = self.cache_salt
         if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_CHARACTERS):
             raise InvalidField("cache_salt", f"must be a string of 1 to {MAX_SALT_CHARACTERS} characters")
+        bounds.PRIORITY.check("priority", self.priority)
 
     @classmethod
     def from_wire(cls, wire: object, *, kind: Kind | None = None) -> Request:
-        """Read ``{"kind", "model", "input", "params", "cache_salt"}``; ``kind`` is required unless the caller gives it.
+        """Read an object of ``FIELDS``, of which ``input`` is required, and ``kind`` unless the caller gives it.
 
         Raises:
             RequestError: naming the field (``kind``, ``model``, ``input.prompt``, ``params.top_p`` …) and its bound.
         """
         fields = table("", wire)
-        refuse_unknown(fields, ("kind", "model", "input", "params", "cache_salt"))
+        refuse_unknown(fields, FIELDS)
         actual = _kind(fields.get("kind", kind))
         if kind is not None and actual is not kind:
             raise InvalidField("kind", f"must be {kind.value!r} here, not {actual.value!r}")
@@ -90,6 +92,7 @@ class Request:
             kind=actual,
             model=fields.get("model"),
             cache_salt=fields.get("cache_salt"),
+            priority=fields.get("priority", 0),
             params=SamplingParams.from_wire({} if fields.get("params") is None else fields["params"]),
             **_read_input(asked),
         )
@@ -101,6 +104,8 @@ class Request:
             wire["model"] = self.model
         if self.cache_salt is not None:
             wire["cache_salt"] = self.cache_salt
+        if self.priority:
+            wire["priority"] = self.priority
         if params := self.params.to_wire():
             wire["params"] = params
         return wire
@@ -117,6 +122,8 @@ class Request:
         return "token_ids" if self.kind is Kind.PREDICT else "prompt_token_ids"
 
 
+#: What a request may hold.
+FIELDS = ("kind", "model", "input", "params", "cache_salt", "priority")
 #: What ``input`` may hold, by kind.
 INPUTS: Mapping[Kind, tuple[str, ...]] = {
     Kind.GENERATE: ("prompt", "messages", "prompt_token_ids"),

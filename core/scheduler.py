@@ -6,7 +6,7 @@ lets computed catch up with known, within a budget of tokens and a pool of cache
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -90,8 +90,9 @@ class Scheduler:
     """Who is computed next.
 
     Invariant: only running sequences have blocks, and blocks that two of them have are written by neither. The choices
-    of a job are sequences like any other: they need not run at once. Where blocks run out, who was admitted last gives
-    his back and reads his tokens again later; the one admitted first always goes on, as none grows past the pool.
+    of a job are sequences like any other: they need not run at once. Where blocks run out, the least urgent one gives
+    his back, of those the one admitted last, and reads his tokens again later; the most urgent one, of those the one
+    admitted first, always goes on, as none grows past the pool. Nobody who runs is stopped for somebody who waits.
     """
 
     def __init__(self, pool: BlockPool, *, max_running: int, prefix_cache: bool = True) -> None:
@@ -101,7 +102,7 @@ class Scheduler:
         self._slices: dict[Sequence, Slice] = {}  #: of the step that is being planned
         self._copies: list[tuple[int, int]] = []
         self.stats = EngineStats()  #: the engine counts here, too
-        self.waiting: deque[Sequence] = deque()  #: in the order of arrival, without blocks
+        self.waiting: list[Sequence] = []  #: by priority, and then in the order of arrival; without blocks
         self.running: list[Sequence] = []  #: in the order of admission
 
     @property
@@ -111,7 +112,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence in; it runs at once if there is a place and memory, and nobody waits before it."""
-        self.waiting.append(sequence)
+        bisect.insort_right(self.waiting, sequence, key=_priority)
         self.admit()
 
     def admit(self) -> None:
@@ -127,7 +128,7 @@ class Scheduler:
             if self.running and wanted + len(self.running) > self._pool.free_blocks:
                 self._pool.give(reversed(found))
                 return
-            self.waiting.popleft()
+            self.waiting.pop(0)
             sequence.running, sequence.blocks = True, found + self._pool.take(wanted)
             sequence.computed = len(found) * BLOCK_TOKENS
             if sequence.cached is None:
@@ -197,7 +198,7 @@ class Scheduler:
                     self._copy(sequence, first)
                 sequence.blocks += self._pool.take(missing)
                 return True
-            self._preempt(self.running[-1])
+            self._preempt(max(reversed(self.running), key=_priority))
         return False
 
     def _count_cached(self, sequence: Sequence) -> None:
@@ -212,16 +213,20 @@ class Scheduler:
         self._pool.give([shared])
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks away; it waits before all others, and reads its tokens again."""
+        """Take a sequence's blocks away; it waits before all others of its priority, and reads its tokens again."""
         self._slices.pop(sequence, None)
         self._stop(sequence)
-        self.waiting.appendleft(sequence)
+        bisect.insort_left(self.waiting, sequence, key=_priority)
         self.stats.preemptions += 1
 
     def _stop(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._pool.give(reversed(sequence.blocks))
         sequence.running, sequence.computed, sequence.blocks = False, 0, []
+
+
+def _priority(sequence: Sequence) -> int:
+    return sequence.request.priority
 
 
 def _leader(sequence: Sequence) -> Sequence | None:

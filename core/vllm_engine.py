@@ -82,7 +82,7 @@ class VllmConfig:
             max_num_seqs=self.max_running,
             max_num_batched_tokens=max(self.step_tokens, self.max_running),
             kv_cache_memory_bytes=self._cache_bytes(),
-            **{"disable_log_stats": True, **self.args},
+            **{"disable_log_stats": True, "scheduling_policy": "priority", **self.args},
         )
 
     def _cache_bytes(self) -> int | None:
@@ -137,8 +137,9 @@ class VllmEngine:
         self.drop(job_id)
         try:
             for sequence in job.going_on:
-                self._engine.add_request(_name(sequence), _prompt(sequence), _params(sequence))
-                self._requests[_name(sequence)] = sequence
+                name, told = _name(sequence), (_prompt(sequence), _params(sequence))
+                self._engine.add_request(name, *told, priority=request.priority)
+                self._requests[name] = sequence
         except (ValueError, VLLMClientError) as error:
             self._abort(job.sequences)
             param = getattr(error, "parameter", None)

@@ -41,6 +41,11 @@ class Job:
         return int(self.wire.get("tokens_generated") or 0)
 
     @property
+    def priority(self) -> int:
+        """The lower, the earlier."""
+        return int(self.wire.get("priority") or 0)
+
+    @property
     def queue_position(self) -> int | None:
         """An estimate; None when it is not queued or nobody knows."""
         return self.wire.get("queue_position")
@@ -79,6 +84,11 @@ class Job:
     @property
     def reason(self) -> str | None:
         return self.wire.get("reason")
+
+    @property
+    def webhook(self) -> Mapping[str, Any] | None:
+        """Who is told of the end, how far that has got: ``url``, ``id``, ``state``, ``attempts``, ``last_error``."""
+        return self.wire.get("webhook")
 
     @property
     def error(self) -> Mapping[str, Any] | None:

@@ -40,16 +40,20 @@ class AsyncClient:
         """Close its connections."""
         await self._http.aclose()
 
-    async def submit(self, asked: Asked, *, job_id: str | None = None, wait: float = 0, **params: Any) -> Job:
+    async def submit(
+        self, asked: Asked, *, job_id: str | None = None, wait: float = 0, priority: int | None = None, **params: Any
+    ) -> Job:
         """Queue a job; the answer is on disk when this returns.
 
         Args:
             asked: a prompt, messages, or a whole body ``{"kind", "input", "params", "metadata", …}``.
             job_id: your own id; submitting twice with one id makes one job.
             wait: seconds to wait for its end before it is returned as it is then.
+            priority: -100 to 100, the lower the earlier; 0 where none is given.
             params: sampling parameters: ``max_tokens``, ``n``, ``temperature``, ``seed``, ``stop`` …
         """
-        return await self._send(calls.submit(job_id or calls.new_job_id(), calls.body_of(asked, **params), wait))
+        body = calls.body_of(asked, priority=priority, **params)
+        return await self._send(calls.submit(job_id or calls.new_job_id(), body, wait))
 
     async def get(self, job_id: str) -> Job:
         """The job as it is now."""
@@ -119,6 +123,10 @@ class AsyncClient:
     async def retry(self, job_id: str) -> Job:
         """Queue a failed job again."""
         return await self._send(calls.retry(job_id))
+
+    async def resend(self, job_id: str) -> Job:
+        """Tell an ended job's webhook of its end again."""
+        return await self._send(calls.resend(job_id))
 
     async def delete(self, job_id: str) -> None:
         """Forget an ended job and its answer."""

@@ -39,11 +39,12 @@ def new_job_id() -> str:
     return f"job_{uuid.uuid4().hex}"
 
 
-def body_of(asked: Asked, **params: Any) -> dict[str, Any]:
+def body_of(asked: Asked, *, priority: int | None = None, **params: Any) -> dict[str, Any]:
     """The body of a job: from a prompt, a chat, or a whole body whose ``params`` the given ones replace.
 
     Args:
         asked: text (continued as it stands), messages (``[{"role", "content"}]``), or ``{"kind", "input", …}``.
+        priority: goes before one that the whole body holds; None leaves that as it is.
         params: sampling parameters; those that are None are left out.
     """
     if isinstance(asked, str):
@@ -52,6 +53,8 @@ def body_of(asked: Asked, **params: Any) -> dict[str, Any]:
         body = {"kind": "generate", **asked}
     else:
         body = {"kind": "generate", "input": {"messages": [dict(message) for message in asked]}}
+    if priority is not None:
+        body = {**body, "priority": priority}
     given = {name: value for name, value in params.items() if value is not None}
     merged = {**body.get("params", {}), **given}
     return {**body, "params": merged} if merged else body
@@ -75,6 +78,11 @@ def cancel(job_id: str) -> Call[Job]:
 
 def retry(job_id: str) -> Call[Job]:
     return Call(method="POST", path=f"{_job(job_id)}/retry", read=Job)
+
+
+def resend(job_id: str) -> Call[Job]:
+    """Tell the job's webhook of its end again."""
+    return Call(method="POST", path=f"{_job(job_id)}/webhook/resend", read=Job)
 
 
 def delete(job_id: str) -> Call[None]:

@@ -20,9 +20,10 @@ from headrace.verbs.verb import FAILED, OK, TIMED_OUT, UNREACHABLE, USAGE, Invoc
 VERBS: Mapping[str, Verb] = {
     verb.name: verb
     for verb in (
-        *(serve.UP, serve.API, serve.WORKER),
+        *(serve.UP, serve.API, serve.WORKER, serve.COURIER),
         *(ask.RUN, ask.SUBMIT),
-        *(follow.STATUS, follow.WAIT, follow.CANCEL, follow.RETRY, follow.LIST, follow.MODELS, follow.WORKERS),
+        *(follow.STATUS, follow.WAIT, follow.CANCEL, follow.RETRY),
+        *(follow.RESEND, follow.LIST, follow.MODELS, follow.WORKERS),
         *(dead.DEAD, doctor.DOCTOR, bench.BENCH),
         *(show.DEMO, prepare.INIT, show.VERSION),
     )

@@ -46,16 +46,20 @@ class Client:
         """Close its connections."""
         self._http.close()
 
-    def submit(self, asked: Asked, *, job_id: str | None = None, wait: float = 0, **params: Any) -> Job:
+    def submit(
+        self, asked: Asked, *, job_id: str | None = None, wait: float = 0, priority: int | None = None, **params: Any
+    ) -> Job:
         """Queue a job; the answer is on disk when this returns.
 
         Args:
             asked: a prompt, messages, or a whole body ``{"kind", "input", "params", "metadata", …}``.
             job_id: your own id; submitting twice with one id makes one job.
             wait: seconds to wait for its end before it is returned as it is then.
+            priority: -100 to 100, the lower the earlier; 0 where none is given.
             params: sampling parameters: ``max_tokens``, ``n``, ``temperature``, ``seed``, ``stop`` …
         """
-        return self._send(calls.submit(job_id or calls.new_job_id(), calls.body_of(asked, **params), wait))
+        body = calls.body_of(asked, priority=priority, **params)
+        return self._send(calls.submit(job_id or calls.new_job_id(), body, wait))
 
     def get(self, job_id: str) -> Job:
         """The job as it is now."""
@@ -125,6 +129,10 @@ class Client:
     def retry(self, job_id: str) -> Job:
         """Queue a failed job again."""
         return self._send(calls.retry(job_id))
+
+    def resend(self, job_id: str) -> Job:
+        """Tell an ended job's webhook of its end again."""
+        return self._send(calls.resend(job_id))
 
     def delete(self, job_id: str) -> None:
         """Forget an ended job and its answer."""

@@ -23,6 +23,10 @@ ROOM_VARIABLES = ("HEADRACE_CACHE",)
 BORROWED: Mapping[str, str] = {"REDIS_URL": "redis_url", "HF_TOKEN": "hf_token"}
 
 
+#: Settings that nobody is shown.
+SECRETS = ("api_key", "hf_token", "webhook_secret")
+
+
 class SettingError(ValueError):
     """A setting has a value it cannot have, or a name nobody knows; the message says which and where it came from."""
 
@@ -115,6 +119,14 @@ class Settings:
     max_streams: int = _setting(1_000, "event streams and waiting requests of one API process", 1, 100_000)
     heartbeat_seconds: float = _setting(15.0, "longest silence on an event stream", 0.01, 3_600)
     result_ttl_seconds: int = _setting(86_400, "how long results are kept", 1, 315_360_000)
+    webhook_hosts: str = _setting("", "hosts that may be called back, comma separated: host, host:port; empty: none")
+    webhook_private_hosts: str = _setting("", "the same for hosts whose addresses are not public")
+    webhook_secret: str = _setting("", "what callbacks are signed with (whsec_…); prefer webhook_secret_file")
+    webhook_secret_file: str = _setting("", "file that holds it; several with spaces between all sign")
+    webhook_timeout_seconds: float = _setting(10.0, "time for one attempt at a callback", 0.01, 60)
+    webhook_retry_seconds: str = _setting(
+        "5,300,1800,7200,18000,36000,50400,72000,86400", "pauses behind failed attempts; then it is given up"
+    )
     instant_step_ms: float = _setting(0.0, "milliseconds a step of the instant engine takes", 0, 60_000)
     log_level: str = _setting("info", "how much is logged", choices=("debug", "info", "warning", "error"))
     hf_token: str = _setting("", "token for the hub (HF_TOKEN is read too)")
@@ -135,6 +147,11 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    @property
+    def calls_back(self) -> bool:
+        """Somebody may be called back, so that a courier is needed."""
+        return bool(self.webhook_hosts or self.webhook_private_hosts)
 
     def read_api_key(self) -> str:
         """The key itself, from the setting or its file; empty when there is none.
@@ -166,8 +183,8 @@ class Settings:
         return {PREFIX + name.upper(): value for name, value in values.items() if value}
 
     def to_public(self) -> dict[str, str]:
-        """The settings for a person's eyes: without key, token and the address's password."""
-        values = {name: _as_text(getattr(self, name)) for name in RULES if name not in ("api_key", "hf_token")}
+        """The settings for a person's eyes: without secrets and the address's password."""
+        values = {name: _as_text(getattr(self, name)) for name in RULES if name not in SECRETS}
         return {**values, "redis_url": re.sub(r"//[^@/]*@", "//***@", values["redis_url"].split("?")[0])}
 
 

@@ -1,4 +1,4 @@
-"""``headrace up``: Valkey, API and workers as processes in one terminal; who starts after whom, and who ends last."""
+"""``headrace up``: Valkey, API, workers, a courier: processes in one terminal; who starts after whom, who ends last."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from headrace.supervise import Child, PermanentFailure, Role
 API_STOP_SECONDS = 10.0
 VALKEY_STOP_SECONDS = 30.0
 DRAIN_MARGIN_SECONDS = 5.0
+COURIER_MARGIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ def check_before_start(settings: Settings) -> Settings:
 
 
 class House:
-    """The rooms as processes. Starts Valkey, then API and model, then workers; stops them the other way round."""
+    """The rooms as processes. Starts Valkey, then API, courier, model and workers; stops them the other way round."""
 
     def __init__(self, settings: Settings, inherited: Mapping[str, str], terminal: Terminal) -> None:
         self._settings = settings
@@ -68,6 +69,7 @@ class House:
         self._folder: DataFolder | None = None
         self._valkey: Child | None = None
         self._api: Child | None = None
+        self._courier: Child | None = None
         self._workers: list[Child] = []
         self._fetch: asyncio.subprocess.Process | None = None
         self._stop = asyncio.Event()
@@ -101,6 +103,8 @@ class House:
         redis_url = self._settings.redis_url or await self._open_valkey()
         self._settings = replace(self._settings, redis_url=redis_url)
         self._api = self._keep(self._role("api", command("api")))
+        if self._settings.calls_back:
+            self._courier = self._keep(self._role("courier", command("courier")))
         await self._fetch_model()
         for index in range(self._settings.workers):
             self._workers.append(self._keep(self._worker_role(index)))
@@ -168,12 +172,12 @@ class House:
             for worker in self._workers:
                 worker.send(signal.SIGTERM)
         elif self._signals > 2:
-            for child in (*self._workers, self._api):
+            for child in (*self._workers, self._courier, self._api):
                 if child is not None:
                     child.kill()
 
     async def _close(self) -> None:
-        """Workers, then API, then Valkey: nobody loses what it still needs."""
+        """Workers, then courier, API and Valkey: nobody loses what it still needs."""
         self._tasks[0].cancel()  # opening, where it has not ended
         if self._fetch is not None and self._fetch.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -183,6 +187,8 @@ class House:
             self._terminal.note(f"draining for up to {self._settings.drain_seconds:g} s; again hands jobs back")
         patience = self._settings.drain_seconds + DRAIN_MARGIN_SECONDS
         await asyncio.gather(*(worker.stop(patience) for worker in self._workers))
+        if self._courier is not None:
+            await self._courier.stop(self._settings.webhook_timeout_seconds + COURIER_MARGIN_SECONDS)
         if self._api is not None:
             await self._api.stop(API_STOP_SECONDS)
         if self._valkey is not None:

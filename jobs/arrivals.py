@@ -64,11 +64,11 @@ def _adopt(
     """The adoption of a job that stock RQ put in, and whether it goes to another model's list."""
     if fields[1] is not None:  # the hash says what kind it is: ours, or adopted before
         return [], False
-    kind, model = Kind.GENERATE, ""
+    kind, model, priority = Kind.GENERATE, "", 0
     if isinstance(job.request, Request):
-        kind, model = job.request.kind, job.request.model or ""
+        kind, model, priority = job.request.kind, job.request.model or "", job.request.priority
     route = not _serves(card, model) and is_known(model)
-    return [commands.adopt(job.id, job.attempt, kind, model, rows.read_created(fields[-1]), route=route)], route
+    return [commands.adopt(job, kind, model, priority, rows.read_created(fields[-1]), route=route)], route
 
 
 def _refuse_other_model(job: ClaimedJob, card: ModelCard) -> ClaimedJob:

@@ -135,6 +135,10 @@ class AsyncStore:
         """Queue a failed job again, from its beginning. Raises JobNotFound, JobConflict."""
         return await self._reads.run(commands.retry(job_id))
 
+    async def resend(self, job_id: str) -> Job:
+        """Deliver an ended job's callback anew. Raises JobNotFound; JobConflict when there is none."""
+        return await self._reads.run(commands.resend(job_id))
+
     async def delete(self, job_id: str) -> None:
         """Forget an ended job. Raises JobNotFound; JobConflict when it has not ended."""
         await self._reads.run(commands.delete(job_id))

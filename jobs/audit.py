@@ -46,6 +46,7 @@ class Facts:
     executions: Sequence[Wire]  #: attempt, wip, worker, held, lease
     log: Wire
     results: int  #: successful ones
+    callback: Wire  #: wanted, state, waits (in the outbox)
     packed: bytes | None
 
 
@@ -96,8 +97,9 @@ def mend(client: redis.Redis, job_id: str) -> str:
 def queue_lists(client: redis.Redis) -> list[str]:
     """Every list that our jobs may wait in."""
     found: Any = client.smembers(keys.QUEUES)
-    ours = {name for key in found if (name := key.decode()) == keys.READY or name.startswith(keys.MODEL_READY)}
-    return sorted(ours | {keys.READY, keys.SUSPECTS})
+    own = (keys.URGENT, keys.READY, keys.LOW)
+    ours = {name for key in found if (name := key.decode()).startswith(tuple(f"{each}." for each in own))}
+    return sorted({*ours, *own, keys.SUSPECTS})
 
 
 def judge(facts: Facts) -> list[str]:
@@ -117,7 +119,7 @@ def judge(facts: Facts) -> list[str]:
         problems += _judge_ended(facts)
     if facts.results != (state == JobState.SUCCEEDED):
         problems.append(f"{state} with {facts.results} results")
-    return problems + _judge_log(facts)
+    return problems + _judge_callback(facts) + _judge_log(facts)
 
 
 def _judge_unknown(facts: Facts) -> list[str]:
@@ -164,6 +166,18 @@ def _judge_ended(facts: Facts) -> list[str]:
     return problems
 
 
+def _judge_callback(facts: Facts) -> list[str]:
+    """Who wants to be told of an end is told of each once; a job that stock RQ moved has not been looked at yet."""
+    state, waits = facts.callback.get("state"), facts.callback["waits"]
+    if facts.job["state"] not in SETTLED:
+        return [f"has not ended, and its callback is {state}"] if state and not facts.job["closed"] else []
+    if not facts.callback["wanted"] or not facts.job["closed"]:
+        return []
+    if not state:
+        return ["has ended, and nobody is told"]
+    return [f"its callback is {state}, in the outbox: {waits}"] if waits != (state == "pending") else []
+
+
 def _judge_log(facts: Facts) -> list[str]:
     events, ended, log = facts.job["events"], facts.job["state"] in SETTLED, facts.log
     problems = []
@@ -197,7 +211,7 @@ class _Index:
 
 def _facts(answer: Sequence[Any]) -> Facts:
     found, packed = answer
-    job, lists, places, index, executions, log, results = json.loads(found)
+    job, lists, places, index, executions, log, results, callback = json.loads(found)
     return Facts(
         job=job,
         lists=[(key, times) for key, times in lists or ()],
@@ -206,6 +220,7 @@ def _facts(answer: Sequence[Any]) -> Facts:
         executions=list(executions or ()),
         log=log,
         results=results,
+        callback=callback,
         packed=packed,
     )
 

@@ -15,11 +15,11 @@ from core.request import Kind
 from jobs import logs, rows
 from jobs.job import LABELS, QUEUE, Job, JobState, NewJob, Resume
 from jobs.memory import MemoryReport
-from jobs.reports import LoggedEvent, QueueReport, Submitted, WorkerCard
+from jobs.reports import CallbackReport, LoggedEvent, QueueReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.scripting import Command, pack_exc
 from jobs.settings import StoreSettings
-from jobs.work import Beat, Publication, ReapReport, Settlement
+from jobs.work import Beat, ClaimedJob, Publication, ReapReport, Settlement
 
 REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, TOO_EARLY = 0, 1, 2, 3, 4, -1
 FULL_QUEUE, FULL_STORE, LATE = -1, -2, -3  #: why a submission was refused
@@ -36,7 +36,10 @@ def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Comman
     fields += ["result_ttl", job.result_ttl_seconds, "failure_ttl", job.result_ttl_seconds]
     if job.resume is not Resume.RESTART:
         fields += ["resume", job.resume.value]
+    if job.webhook is not None:
+        fields += ["webhook", job.webhook]
     bounds: list[Any] = [settings.max_queued, int(memory.full), int(job.refuse_if_late)]
+    priority = job.request.priority
     if job.metadata:
         fields += ["metadata", json.dumps(dict(job.metadata))]
 
@@ -52,7 +55,7 @@ def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Comman
         return Submitted(job=_job(found, job.id, request=request), created=code == 1)
 
     data = rows.pack_request(job.request)
-    return Command("submit", [job.id, kind.value, model, deadline, *bounds, data, *fields], decode)
+    return Command("submit", [job.id, kind.value, model, deadline, *bounds, data, priority, *fields], decode)
 
 
 def get(job_id: str) -> Command[Row]:
@@ -89,6 +92,11 @@ def retry(job_id: str) -> Command[Job]:
     return _move("retry", job_id, "is {state}; only a failed job can be retried")
 
 
+def resend(job_id: str) -> Command[Job]:
+    """Its decoding raises JobNotFound, JobConflict."""
+    return _move("resend", job_id, "is {state}, and there is nothing to send: no webhook, or no end yet")
+
+
 def delete(job_id: str) -> Command[None]:
     """Its decoding raises JobNotFound, JobConflict."""
 
@@ -118,9 +126,14 @@ def known_models() -> Command[list[ModelCard]]:
 
 def queue() -> Command[QueueReport]:
     def decode(answer: Any) -> QueueReport:
-        rate, suspects, dead, *counts = answer
-        states = dict(zip(JobState, counts, strict=True))
-        return QueueReport(states=states, completions_per_second=float(rate), suspects=suspects, dead_letters=dead)
+        rate, suspects, dead, waiting, delivered, failed, *counts = answer
+        return QueueReport(
+            states=dict(zip(JobState, counts, strict=True)),
+            completions_per_second=float(rate),
+            suspects=suspects,
+            dead_letters=dead,
+            callbacks=CallbackReport(waiting=waiting, delivered=delivered, failed=failed),
+        )
 
     return Command("queue", [], decode)
 
@@ -158,8 +171,8 @@ def claim(worker: str, card: ModelCard, room: int, running: int, settings: Store
     return Command("claim", [worker, room, running, *engine], list)
 
 
-def adopt(job_id: str, attempt: int, kind: Kind, model: str, created: int, *, route: bool) -> Command[int]:
-    return Command("adopt", [job_id, attempt, kind.value, model, created, int(route)], int)
+def adopt(job: ClaimedJob, kind: Kind, model: str, priority: int, created: int, *, route: bool) -> Command[int]:
+    return Command("adopt", [job.id, job.attempt, kind.value, model, priority, created, int(route)], int)
 
 
 def publish(publication: Publication) -> Command[int]:

@@ -19,6 +19,8 @@ from jobs.audit import mend, suspicious
 from jobs.job import JobState
 from jobs.store import Store
 
+LATE_SECONDS = 60  #: so late a callback is noticed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
@@ -110,6 +112,10 @@ def _notes(store: Store) -> list[str]:
         notes.append("claiming is suspended (rq suspend): rq resume ends it")
     if not live:
         notes.append("no worker is alive: nothing is computed")
+    now: Any = client.time()
+    late: Any = client.zcount(keys.OUTBOX, "-inf", (now[0] - LATE_SECONDS) * 1000)
+    if late:
+        notes.append(f"{late} callbacks should have been sent by now: no courier runs, or not enough of them")
     lists: Any = client.smembers(keys.QUEUES)
     for key in sorted(each.decode() for each in lists):
         prefix = next((each for each in (keys.LIKE, keys.LIKE_SUSPECTS) if key.startswith(each)), None)

@@ -52,6 +52,7 @@ FUNCTIONS: Mapping[str, Kind] = {"headrace.generate": Kind.GENERATE, "headrace.p
 LABELS: Mapping[Kind, str] = {kind: label for label, kind in FUNCTIONS.items()}
 
 QUEUE = "generate"  #: the RQ queue
+WEBHOOK_EVENTS = ("completed",)  #: what a client may be called back for: the end, whichever it is
 
 
 class Resume(enum.StrEnum):
@@ -60,6 +61,21 @@ class Resume(enum.StrEnum):
     WAIT = "wait"  #: for an engine of the kind that began it
     RESTART = "restart"  #: from the beginning if nobody has read of it; else as WAIT
     ANY = "any"  #: any engine goes on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """Who is told that a job has ended, and how far that has got."""
+
+    url: str
+    id: str | None = None  #: of the callback; None while the job has not ended
+    state: str | None = None  #: pending, delivered or failed
+    attempts: int = 0
+    last_error: str | None = None
+
+    def to_wire(self) -> Wire:
+        told = {"id": self.id, "state": self.state, "attempts": self.attempts, "last_error": self.last_error}
+        return {"url": self.url, "events": list(WEBHOOK_EVENTS), **told}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +89,7 @@ class NewJob:
     refuse_if_late: bool = False  #: not taken at all where the queue is too long for the deadline
     result_ttl_seconds: int = 86_400  #: how long result, error and events are kept after the end
     metadata: Mapping[str, str] = field(default_factory=dict)
+    webhook: str | None = None  #: the address that is told of its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,12 +114,14 @@ class Job:
     tokens_generated: int = 0
     cancel_requested: bool = False
     resume: Resume = Resume.RESTART
+    priority: int = 0  #: the lower, the earlier
     waiting_for: str | None = None  #: identity of the engine that alone may go on with the answer
-    queue_position: int | None = None  #: an estimate, from two counters; None when unknown or not queued
+    queue_position: int | None = None  #: an estimate, from counters; None when unknown or not queued
     result: Wire | None = None
     error: Wire | None = None
     reason: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    webhook: Webhook | None = None
     result_ttl_seconds: int = 86_400
 
     def to_wire(self, *, eta_seconds: float | None = None) -> dict[str, Any]:
@@ -118,6 +137,7 @@ class Job:
             "finished_at": self.finished_at,
             "expires_at": self.expires_at,
             "attempt": self.attempt,
+            "priority": self.priority,
             "queue_position": self.queue_position,
             "eta_seconds": eta_seconds,
             "tokens_generated": self.tokens_generated,
@@ -131,6 +151,7 @@ class Job:
             "cached": False,
             "timings": self._timings(),
             "metadata": dict(self.metadata),
+            "webhook": self.webhook.to_wire() if self.webhook else None,
             "urls": {
                 "self": f"/v1/jobs/{self.id}",
                 "events": f"/v1/jobs/{self.id}/events",

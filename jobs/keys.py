@@ -13,9 +13,10 @@ from jobs.job import QUEUE
 
 # -- RQ's
 QUEUES = "rq:queues"  #: set of queue keys
-READY = f"rq:queue:{QUEUE}"  #: list of ids; those of ended jobs stay until a claim drops them
+READY = f"rq:queue:{QUEUE}"  #: list of ids; those of ended jobs stay until a claim drops them; + .model: wait for it
+URGENT = f"rq:queue:{QUEUE}-urgent"  #: the same for jobs with a priority below 0
+LOW = f"rq:queue:{QUEUE}-low"  #: … above 0
 SUSPECTS = f"rq:queue:{QUEUE}.suspects"  #: list of ids that run alone first; + .model: those that name a model
-MODEL_READY = f"rq:queue:{QUEUE}."  #: + model: list of ids that wait for a worker with that model
 JOB = "rq:job:"  #: + id: hash, RQ's fields and ours
 RESULTS = "rq:results:"  #: + id: stream, one entry per ended attempt
 WIP = f"rq:wip:{QUEUE}"  #: zset of id:attempt that run; its scores lie far in the future
@@ -50,12 +51,16 @@ DEADLINES = "headrace:deadlines"  #: zset of queued ids by deadline (millisecond
 RETENTION = "headrace:retention"  #: zset of ended ids by the time they are forgotten (milliseconds)
 DEAD = "headrace:dead"  #: zset of dead letters' ids by the time they died (milliseconds)
 WAKE = f"headrace:wake:{QUEUE}"  #: list, a token for each job that became ready; + .model: the same for one model
-TICKETS = "headrace:tickets"  #: how many jobs ever joined the queue
-PASSED = "headrace:passed"  #: how many of those have left it, about: ticket - passed is a position
+TICKETS = "headrace:tickets"  #: how many jobs ever joined the queue; + :urgent, :low: those of such a priority
+PASSED = "headrace:passed"  #: how many of those have left it, about: ticket - passed is a position; + as above
+TURNS = "headrace:turns"  #: hash model -> jobs claimed while others of another class waited, from 0 again after 20
 HOLD = "headrace:hold"  #: the worker that empties itself for a suspect
 WATCHERS = "headrace:watch:"  #: + random: stream that wakes one process' blocked reader
 RATE = "headrace:rate:"  #: + tens of seconds: jobs that ended then
 REPEATS = "headrace:repeats"  #: counts repeated submissions: WAITAOF waits for its own connection's writes only
+OUTBOX = "headrace:outbox"  #: zset of callbacks by the time they are due (milliseconds)
+CALLBACK = "headrace:callback:"  #: + id: hash, the record of one; outlives its job until it is delivered or given up
+DELIVERIES = "headrace:deliveries"  #: hash, how many callbacks were delivered, and how many failed
 DEPENDENTS = "headrace:dependents"  #: set of ended ids whose dependents RQ's own code has yet to release
 
 

@@ -44,6 +44,15 @@ class WorkerCard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CallbackReport:
+    """What became of callbacks."""
+
+    waiting: int = 0  #: to be delivered, now or at their next try
+    delivered: int = 0  #: since the queue was made
+    failed: int = 0  #: given up since then
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QueueReport:
     """The queue at a glance."""
 
@@ -51,6 +60,7 @@ class QueueReport:
     completions_per_second: float  #: over the last minute
     suspects: int  #: jobs that wait to run alone after two crashes
     dead_letters: int  #: failed jobs that were running each time their worker died
+    callbacks: CallbackReport = CallbackReport()
 
     @property
     def queued(self) -> int:

@@ -14,7 +14,7 @@ from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import HeadraceError, InvalidField, UnsupportedRequest
 from core.request import Kind, Request, Result
-from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState, Resume
+from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState, Resume, Webhook
 from jobs.logs import complete, dump, pack_logprob, read_log
 from jobs.reports import WorkerCard
 from jobs.scripting import SEEN
@@ -46,7 +46,7 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
     if row is None:
         return None
     raw = dict(zip(SEEN, row, strict=False))
-    stored, unpacked, passed, job_id = row[len(SEEN) :]
+    stored, unpacked, before_first, job_id, told = row[len(SEEN) :]
     reason = _text(raw["reason"])
     state = STATES.get(_text(raw["status"]) or "", JobState.QUEUED)
     if state is JobState.FAILED and reason == EXPIRED_REASON:
@@ -72,11 +72,13 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
         cancel_requested=raw["cancel_requested"] is not None,
         resume=Resume(_text(raw["resume"]) or Resume.RESTART),
         waiting_for=_text(raw["waiting_for"]),
-        queue_position=_position(raw["ticket"], passed) if state is JobState.QUEUED else None,
+        priority=int(raw["priority"] or 0),
+        queue_position=_position(raw["ticket"], before_first) if state is JobState.QUEUED else None,
         result=_read_result(entry, raw["log"], unpacked) if over else None,
         error=_read_error(raw["error"], entry) if state is JobState.FAILED else None,
         reason=reason if over else None,
         metadata=json.loads(raw["metadata"] or b"{}"),
+        webhook=_read_webhook(raw, told),
         result_ttl_seconds=int(raw["result_ttl"] or 86_400),
     )
     stale = _text(raw["place"]) != state or (over and raw["closed"] is None)
@@ -185,8 +187,8 @@ def _moment(text: bytes | None) -> float | None:
     return datetime.fromisoformat(text.decode().rstrip("Z")).replace(tzinfo=UTC).timestamp()
 
 
-def _position(ticket: bytes | None, passed: bytes | None) -> int | None:
-    return None if ticket is None else max(1, int(ticket) - int(passed or 0))
+def _position(ticket: bytes | None, before_first: int) -> int | None:
+    return None if ticket is None else max(1, int(ticket) - before_first)
 
 
 def _read_result(entry: Mapping[bytes, bytes], packed: bytes | None, unpacked: Sequence[Any] | None) -> Any:
@@ -194,6 +196,16 @@ def _read_result(entry: Mapping[bytes, bytes], packed: bytes | None, unpacked: S
     if value is None:
         return None
     return complete(json.loads(base64.b64decode(value)), read_log((packed, None, unpacked)))
+
+
+def _read_webhook(raw: Mapping[str, bytes | None], told: Sequence[bytes | None] | None) -> Webhook | None:
+    url = _text(raw["webhook"])
+    if url is None:
+        return None
+    state, attempts, error = told or (None, None, None)
+    return Webhook(
+        url=url, id=_text(raw["callback"]), state=_text(state), attempts=int(attempts or 0), last_error=_text(error)
+    )
 
 
 def _read_error(error: bytes | None, entry: Mapping[bytes, bytes]) -> Wire:

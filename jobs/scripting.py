@@ -15,13 +15,14 @@ from jobs import keys
 
 T = TypeVar("T", covariant=True)
 FOLDER = Path(__file__).parent / "scripts"
-SHARED = ("base", "log", "moves")  #: of ``scripts/lib``, in this order
+SHARED = ("base", "log", "outbox", "moves")  #: of ``scripts/lib``, in this order
 
-#: The fields of a job's hash that answer a poll, in this order; the status comes first.
+#: The fields of a job's hash that answer a poll: the status comes first, the callback's id second, the priority last.
 SEEN = (
-    "status", "kind", "model", "attempt", "crashes", "created_at", "started_at", "ended_at", "first_token_at",
-    "expires_at", "deadline_at", "worker_name", "tokens", "cancel_requested", "ticket", "error", "reason", "metadata",
-    "result_ttl", "events", "place", "closed", "waiting_for", "resume", "log", "deaths",
+    "status", "callback", "kind", "model", "attempt", "crashes", "created_at", "started_at", "ended_at",
+    "first_token_at", "expires_at", "deadline_at", "worker_name", "tokens", "cancel_requested", "ticket",
+    "error", "reason", "metadata", "result_ttl", "events", "place", "closed", "waiting_for", "resume", "log", "deaths",
+    "webhook", "priority",
 )  # fmt: skip
 
 #: What RQ's pages show for ends that nobody computed.

@@ -43,11 +43,16 @@ def born(store: Store, *names: str, card: ModelCard = CARD) -> None:
         store.birth(WorkerCard(name=name, host="h", pid=1, model=card))
 
 
-def add(store: Store, job_id: str = "", *, model: str | None = None, **fields: Any) -> Job:
+def add(store: Store, job_id: str = "", *, model: str | None = None, priority: int = 0, **fields: Any) -> Job:
     """Submit a small job."""
-    request = Request(prompt="Once upon", model=model, params=SamplingParams(max_tokens=4))
+    request = Request(prompt="Once upon", model=model, params=SamplingParams(max_tokens=4), priority=priority)
     new = NewJob(id=job_id or f"j{next(numbers)}", request=request, **fields)
     return store.submit(new).job
+
+
+def list_of(priority: int) -> str:
+    """Where jobs of such a priority wait that name no model."""
+    return keys.URGENT if priority < 0 else keys.LOW if priority > 0 else keys.READY
 
 
 def take(

@@ -19,9 +19,11 @@ from jobs import commands, dead_letters, keys
 from jobs.job import FINAL, JobState, NewJob, Resume
 from jobs.memory import MemoryReport
 from jobs.scripting import Command
+from tests.jobs_world import list_of
 from tests.model_claim import claim, suspects_wait, suspend
 from tests.model_clock import expire, forget, lose_patience, promote
 from tests.model_faults import die, fall_silent, leave, mend, mend_nobody
+from tests.model_hooks import collect, come_for_nothing, note, outlast_leases, resend
 from tests.model_rq import push_twice, rq_cancel, rq_clean, rq_enqueue, rq_requeue
 from tests.model_walk import JOBS, World, gone
 from tests.model_work import publish, release, renew, settle, zombie
@@ -36,22 +38,25 @@ def submit(world: World) -> None:
         return
     world.made += 1
     job_id, pick = f"j{world.made}", world.random
-    request = Request(prompt=job_id, model=pick.choice((None, None, None, "Toy", "other")))
+    model, priority = pick.choice((None, None, None, "Toy", "other")), pick.choice((0, 0, 0, -7, 5, 30))
+    request = Request(prompt=job_id, model=model, priority=priority)
     new = NewJob(
         id=job_id, request=request, resume=pick.choice([*Resume, Resume.WAIT]),
         deadline_seconds=600.0 if world.chance(0.4) else None, refuse_if_late=world.chance(0.5),
         result_ttl_seconds=pick.choice((86_400, 86_400, 500, 7200)),
+        webhook="https://hooks.example/" if world.chance(0.6) else None,
     )  # fmt: skip
-    world.client.srem(keys.QUEUES, keys.READY)
+    world.client.srem(keys.QUEUES, list_of(priority))
     if world.chance(0.1):  # one of that name was forgotten a moment ago
         world.client.xadd(f"{keys.EVENTS}{job_id}", {"f": 1}, "7-0")
     try:
         submitted = world.store.submit(new)
     except JobNotFound as error:
         raise AssertionError("submitted, and not there") from error
-    assert (submitted.created, submitted.job.state, submitted.job.model) == (True, S.QUEUED, request.model)
-    assert world.client.lindex(keys.READY, -1) == job_id.encode(), "not at the queue's end"
-    assert world.client.sismember(keys.QUEUES, keys.READY), "RQ does not know of the queue"
+    job = submitted.job
+    assert (submitted.created, job.state, job.model, job.priority) == (True, S.QUEUED, model, priority)
+    assert world.client.lindex(list_of(priority), -1) == job_id.encode(), "not at the queue's end"
+    assert world.client.sismember(keys.QUEUES, list_of(priority)), "RQ does not know of the queue"
     if world.chance(0.3):  # its failures are kept otherwise
         world.client.hset(f"{keys.JOB}{job_id}", "failure_ttl", pick.choice((-1, 900)))
     if world.ids and world.chance(0.6) and (born := world.views[pick.choice(world.ids)].kept.born):
@@ -82,7 +87,7 @@ def submit_too_much(world: World) -> None:
     speed = sum(speeds.values()) / max(10, now - oldest * 10)
     assert world.client.time()[0] != now or abs(report.completions_per_second - speed) <= speed / 10
     queued, speed = report.states[S.QUEUED], report.completions_per_second
-    job = NewJob(id="never", request=Request(prompt="x"), deadline_seconds=0.001, refuse_if_late=True)
+    job = NewJob(id="never", request=Request(prompt="x", priority=100), deadline_seconds=0.001, refuse_if_late=True)
     few = dataclasses.replace(store._settings, max_queued=max(queued, 1))
     room, full = MemoryReport(used_bytes=1, limit_bytes=10), MemoryReport(used_bytes=9, limit_bytes=10)
     tries: list[tuple[Command[Any], type[HeadraceError]]] = [(commands.submit(job, few, full), StoreFull)]
@@ -257,6 +262,7 @@ ACTS: dict[Callable[[World], None], int] = {
     page: 2, mourn: 4,
     claim: 24, publish: 18, settle: 7, zombie: 12, release: 6, renew: 4, suspend: 1, suspects_wait: 3,
     expire: 2, lose_patience: 2, forget: 3, promote: 4,
+    collect: 4, note: 5, resend: 2, outlast_leases: 2, come_for_nothing: 1,
     die: 9, fall_silent: 3, leave: 3, mend: 8, mend_nobody: 1,
     push_twice: 3, rq_enqueue: 4, rq_cancel: 2, rq_requeue: 4, rq_clean: 1,
 }  # fmt: skip

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from core.request import Request
 from jobs import keys
 from jobs.job import JobState, Resume
+from jobs.store import ClaimedJob
+from tests.jobs_world import list_of
 from tests.model_house import CARDS
 from tests.model_judge import View
 from tests.model_walk import World
@@ -43,11 +45,12 @@ def claim_as(world: World, name: str, room: int) -> None:
         else:
             assert (view.fields["kind"], view.fields.get("model", "")) == (job.request.kind, job.request.model or "")
             assert view.fields.get("model", "").lower() in ("", card.name), f"{job.id}: claimed by another model"
+            assert view.job.priority == job.request.priority
         assert job.next_event == view.log[-1].number + 1
         assert view.log[-1].fields["engine"]["dtype"] == card.dtype
         assert not view.drawn or view.job.resume is Resume.ANY or view.fields["engine"] == card.identity
         assert (job.deadline_in_seconds or 1) > 0, f"{job.id}: too late, and claimed"
-    routed = {*before[keys.READY]} & world.touched  # perhaps: it was taken, and given to another model
+    routed = {*before[keys.READY]} & world.touched  # perhaps: to another class, or it was taken, and to another model
     after = world.lists()
     if room and mine and not got.hold:
         for key in _suspects(name):
@@ -55,16 +58,36 @@ def claim_as(world: World, name: str, room: int) -> None:
                 f"{key} has a stale head"
             )
     if len(got.jobs) < room and not (got.alone or got.hold or got.more or routed):
-        for key in (f"{keys.LIKE}{card.identity}", f"{keys.MODEL_READY}{card.name}", keys.READY):
+        for key in (f"{keys.LIKE}{card.identity}", *(key for lists in _classes(card.name) for key in lists)):
             assert not after.get(key), f"{name} left {after[key]} in {key}"
         if not world.by_rq and all(view.job.state is not S.QUEUED for view in world.look_at(world.ids).values()):
-            tickets, passed = (int(number or 0) for number in world.client.mget(keys.TICKETS, keys.PASSED))
-            assert tickets == passed, f"nobody waits, and {passed} of {tickets} passed"
+            for end in ("", ":urgent", ":low"):
+                counts = world.client.mget(keys.TICKETS + end, keys.PASSED + end)
+                tickets, passed = (int(number or 0) for number in counts)
+                assert tickets == passed, f"nobody waits, and {passed} of {tickets} passed{end}"
+    begun = {*before.get(f"{keys.LIKE}{card.identity}", ())}
+    if not got.alone:
+        _go_in_their_order(world, [job for job in got.jobs if job.id not in begun], after, card.name)
     for ids in before.values():
         places = [ids.index(job.id) for job in got.jobs if job.id in ids and job.id not in world.pushed]
         assert places == sorted(places), f"{got.jobs} out of {ids}"
     if world.chance(0.8):  # else the reply is lost, and the next beat tells
         mine.update({job.id: job for job in got.jobs})
+
+
+def _classes(model: str) -> list[tuple[str, str]]:
+    """The lists of each class that a model's workers look into, the most urgent first."""
+    return [(f"{key}.{model}", key) for key in map(list_of, (-1, 0, 1))]
+
+
+def _go_in_their_order(world: World, jobs: list[ClaimedJob], left: Mapping[str, Sequence[str]], model: str) -> None:
+    """Of so few jobs one at most is claimed while a more urgent one stays behind."""
+    for number, lists in enumerate(_classes(model)):
+        behind = {job_id for key in lists for job_id in left.get(key, ())} - world.pushed
+        less = [list_of(priority) for priority in (0, 1)][number:]
+        early = [job.id for job in jobs if list_of(world.look(job.id).job.priority) in less]
+        early = [job_id for job_id in early if job_id not in world.touched]  # stock RQ chose its list
+        assert not behind or len(early) <= 1, f"{early} before {behind}"
 
 
 def _must_hold(world: World, name: str, lists: Mapping[str, Sequence[str]]) -> bool | None:

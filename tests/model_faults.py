@@ -262,6 +262,22 @@ def _lose_progress(world: World, job_id: str) -> Hurt:
     return [["ZREM", keys.WIP, member], ["SREM", f"{keys.HELD}{job.worker}", member]]
 
 
+def _lose_callback(world: World, job_id: str) -> Hurt:
+    fields = world.views[job_id].fields
+    if "callback" not in fields:
+        return []
+    return [["ZREM", keys.OUTBOX, fields["callback"]], ["DEL", f"{keys.CALLBACK}{fields['callback']}"]]
+
+
+def _move_callback(world: World, job_id: str) -> Hurt:
+    view = world.views[job_id]
+    if "callback" not in view.fields:
+        return []
+    over = view.facts.callback["state"] != "pending"
+    name = view.fields["callback"]
+    return [["ZADD", keys.OUTBOX, 1, name] if over else ["ZREM", keys.OUTBOX, name]]
+
+
 HURTS = (
     _lose_list,
     _gain_lists,
@@ -271,6 +287,8 @@ HURTS = (
     _lose_execution,
     _lose_worker,
     _lose_progress,
+    _lose_callback,
+    _move_callback,
 )
 
 

@@ -34,8 +34,8 @@ def judge_wakes(house: House, views: Mapping[str, View], touched: Collection[str
     """Whoever waits has woken somebody, and tokens do not pile up."""
     for job_id, view in views.items():
         for key, _ in view.facts.lists if view.job.state is S.QUEUED and job_id not in touched else ():
-            kind = key.removeprefix(keys.SUSPECTS if key.startswith(keys.SUSPECTS) else keys.READY)
-            if keys.WAKE + kind.replace(".like.", ".") not in house.wakes:
+            kind = key.replace(keys.SUSPECTS, keys.READY).partition(".")[2].removeprefix("like.")
+            if (f"{keys.WAKE}.{kind}" if kind else keys.WAKE) not in house.wakes:
                 yield f"{job_id}: waits in {key}, and wakes nobody"
     if any(tokens > MOST_TOKENS for tokens in house.wakes.values()):
         yield f"tokens pile up: {house.wakes}"

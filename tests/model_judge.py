@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jobs import audit, keys
 from jobs.job import FINAL, MOVES, Job, JobState, Resume
 from jobs.store import LoggedEvent
+from tests.jobs_world import list_of
 
 S = JobState
 NOT_THERE, FOR_EVER = -2, -1  #: what Redis says of how long a key lives
@@ -115,6 +116,9 @@ def judge_ours(view: View) -> Iterator[str]:
     suspect = state is S.QUEUED and any(key.startswith(keys.SUSPECTS) for key, _ in view.facts.lists)
     if suspect and (view.job.crashes < 2 or "suspect_at" not in fields):
         yield f"a suspect after {view.job.crashes} crashes, since {fields.get('suspect_at')}"
+    place = view.facts.lists[0][0] if fields["status"] == "queued" and len(view.facts.lists) == 1 else ""
+    if place and not (waits or suspect) and place.partition(".")[0] != list_of(view.job.priority):
+        yield f"of priority {view.job.priority}, and waits in {place}"
     if state not in FINAL and view.drawn and view.number("first_token") != view.drawn[0].number:
         yield f"its first token is {view.drawn[0].number}, not {fields.get('first_token')}"
     if state not in FINAL and "first_token_at" in fields and not view.drawn:

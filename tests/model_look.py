@@ -44,7 +44,7 @@ note(call('SMEMBERS', K.unpacked), 'unpacked')
 for _, key in ipairs(call('KEYS', K.execution .. '*')) do note({string.sub(key, #K.execution + 1)}, 'execution') end
 local house = {leases = call('ZRANGE', K.leases, 0, -1), marks = call('ZRANGE', K.marks, 0, -1),
   cards = call('KEYS', K.card .. '*'), lists = {}, held = {}}
-local lists, seen = {K.suspects, K.ready, unpack(call('SMEMBERS', K.queues))}, {}
+local lists, seen = {K.suspects, K.urgent, K.ready, K.low, unpack(call('SMEMBERS', K.queues))}, {}
 for _, key in ipairs(lists) do
   if not seen[key] then
     house.lists[#house.lists + 1], seen[key] = {key, call('LRANGE', key, 0, -1)}, true
@@ -55,7 +55,15 @@ for i, key in ipairs(call('KEYS', K.held .. '*')) do
   house.held[i] = {key, call('SMEMBERS', key)}
   note(house.held[i][2], key)
 end
-house.tickets, house.passed = tonumber(call('GET', K.tickets) or 0), tonumber(call('GET', K.passed) or 0)
+house.tickets, house.passed, house.callbacks, house.outbox = 0, 0, {}, call('ZRANGE', K.outbox, 0, -1)
+for _, class in ipairs({'', ':urgent', ':low'}) do
+  house.tickets = house.tickets + (call('GET', K.tickets .. class) or 0)
+  house.passed = house.passed + (call('GET', K.passed .. class) or 0)
+end
+for i, key in ipairs(call('KEYS', K.callback .. '*')) do
+  house.callbacks[i] = {key, call('HGETALL', key), call('TTL', key) < 0 and 0 or 1}
+  note({call('HGET', key, 'job')}, key .. call('HGET', key, 'state'))
+end
 house.ended, house.counts_stay, house.wakes = 0, false, {}
 for _, key in ipairs(call('KEYS', K.rate .. '*')) do
   house.ended = house.ended + call('GET', key)
@@ -92,6 +100,8 @@ class House:
     ended: int  #: jobs that count for the speed
     counts_stay: bool  #: such a count is kept for ever
     wakes: Mapping[str, int]  #: tokens for whom an empty worker waits
+    callbacks: Sequence[tuple[str, Sequence[str], int]]  #: key, names and values, whether Redis will forget it
+    outbox: Sequence[str]
 
 
 class Eye:
@@ -132,10 +142,8 @@ class Eye:
 def _house(found: Wire) -> House:
     """Lua does not tell an empty list from an empty object."""
     lists, held = ({key: list(members) for key, members in found.pop(name)} for name in ("lists", "held"))
-    leases, marks, cards = (list(found.pop(name)) for name in ("leases", "marks", "cards"))
-    return House(
-        lists=lists, held=held, leases=leases, marks=marks, cards=cards, wakes=dict(found.pop("wakes")), **found
-    )
+    flat: Wire = {name: list(found.pop(name)) for name in ("leases", "marks", "cards", "callbacks", "outbox")}
+    return House(lists=lists, held=held, wakes=dict(found.pop("wakes")), **flat, **found)
 
 
 def _view(job_id: str, fact: Any, found: Any, row: Any, log: Any) -> View | None:

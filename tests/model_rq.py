@@ -21,14 +21,15 @@ def rq_enqueue(world: World) -> None:
         return
     world.made += 1
     job_id, kind = f"j{world.made}", world.random.choice(("generate", "predict"))
-    wire = {"input": {"token_ids": [1]}} if kind == "predict" else {"input": {"prompt": "x"}}
+    wire = {"input": {"token_ids": [1]} if kind == "predict" else {"prompt": "x"}}
+    priority = world.random.choice(({}, {}, {"priority": -7}, {"priority": 5}))
     model = world.random.choice(({}, {}, {"model": "other"}, {"model": "nobody's"}))
     retry = Retry(max=2, interval=[0, 5]) if world.chance(0.3) else None
     queue = Queue("generate", connection=world.client, serializer=JSONSerializer)
     before = world.any_id(*(set(S) - {S.SUCCEEDED})) if world.chance(0.2) else None
     waits = {"depends_on": before} if before else {}
     ttl = 600 if world.chance(0.3) else None
-    queue.enqueue(f"headrace.{kind}", {**wire, **model}, job_id=job_id, retry=retry, ttl=ttl, **waits)
+    queue.enqueue(f"headrace.{kind}", {**wire, **model, **priority}, job_id=job_id, retry=retry, ttl=ttl, **waits)
     world.ids.append(job_id)
     world.touch(job_id)
     world.views[job_id] = world.look(job_id)

@@ -20,6 +20,7 @@ from core.errors import HeadraceError, JobConflict, JobNotFound
 from core.request import Choice, Result, TokenEvent, TokenLogprob, Usage
 from jobs import audit, commands, keys
 from jobs.job import FINAL, JobState
+from jobs.outbox import Callback
 from jobs.scripting import Command
 from jobs.store import ClaimedJob, LoggedEvent, Publication, Store
 from tests.jobs_world import born
@@ -46,6 +47,8 @@ class World:
         self.zombies: list[ClaimedJob] = []  #: what dead or swept workers still believe
         self.shown: dict[str, list[LoggedEvent]] = {}  #: what somebody outside was shown of each job's run
         self.ids: list[str] = []
+        self.carried: list[Callback] = []  #: what couriers have taken, be it long ago
+        self.told: set[str] = set()  #: every callback there ever was
         self.made = 0
         self.by_rq: set[str] = set()  #: ids that stock RQ moved, and nobody has looked at since
         self.unjudged: set[str] = set()  #: ids that were such when they last looked otherwise than before
@@ -101,7 +104,10 @@ class World:
         return self._eye.look(job_ids)[0]
 
     def lists(self) -> Mapping[str, Sequence[str]]:
-        return self._eye.look(())[1].lists
+        return self.house().lists
+
+    def house(self) -> House:
+        return self._eye.look(())[1]
 
     def speech(self, job: ClaimedJob, said: int, first: int, number: int) -> Publication:
         """So many events more, of several choices, some with two tokens or none, some with log-probabilities."""
@@ -119,6 +125,8 @@ class World:
 
     def check(self, act: str, number: int) -> None:
         """Judge what changed; now and then look after what stock RQ left behind, and for what nobody remembers."""
+        from tests.model_hooks import judge_callbacks, read_records
+
         for job_id in sorted(self.by_rq) if number % 16 == 0 else ():
             with contextlib.suppress(JobNotFound):
                 self.store.get(job_id)  # mends it: RQ knows nothing of index and log
@@ -131,6 +139,7 @@ class World:
         problems += [*judge_workers(house, self.views, self.touched), *judge_wakes(house, self.views, self.touched)]
         problems += judge_counts(old, house, judged, self.views, self.touched, self.credit)
         problems += judge_positions(old, house, judged, self.views) if act != "forget" else ()
+        problems += judge_callbacks(before, self, act, read_records(house.callbacks), house.outbox)
         self.credit = 0
         if number % 64 == 0:
             found = (each.split(": ", 1) for each in audit.audit(self.client))

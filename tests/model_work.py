@@ -32,7 +32,7 @@ def publish(world: World) -> None:
         assert _leaves_a_hole(world, dataclasses.replace(said, first=first + 3))
     if ours and view.job.state is S.RUNNING and world.chance(0.1):
         born, model = int(view.kept.born), view.job.model or ""
-        adoption = commands.adopt(job.id, job.attempt, view.job.kind, model, born, route=False)
+        adoption = commands.adopt(job, view.job.kind, model, view.job.priority, born, route=False)
         assert world.store._runner.run(adoption) == 1, f"{job.id}: not adopted by its own"
     for _ in range(world.random.choice((1, 1, 2))):
         reported = world.store.report([said], [])
@@ -168,7 +168,7 @@ def zombie(world: World) -> None:
     elif what == "release":
         release_now(world, job)
     elif what == "adopt" and lost:
-        told = commands.adopt(job.id, job.attempt, view.job.kind, "other", 1, route=world.chance(0.5))
+        told = commands.adopt(job, view.job.kind, "other", 0, 1, route=world.chance(0.5))
         assert world.store._runner.run(told) == 0, f"{job.id}: adopted by whom it does not belong to"
     elif what == "publish":
         said = world.speech(job, view.number("tokens"), view.number("events") + 5, 1)

@@ -36,6 +36,26 @@ def test_a_job_waited_for_comes_with_its_result(api: httpx2.Client) -> None:
     assert job["error"] is None
 
 
+def test_a_job_is_answered_with_its_priority_wherever_it_is_shown(lonely: httpx2.Client) -> None:
+    job_id = fresh_id()
+    answers = [lonely.put(f"/v1/jobs/{job_id}", json={**GENERATE, "priority": -3}), lonely.get(f"/v1/jobs/{job_id}")]
+    plain = lonely.post("/v1/jobs", json=GENERATE).json()
+
+    assert [answer.json()["priority"] for answer in answers] == [-3, -3]
+    assert plain["priority"] == 0
+    shown = {job["id"]: job["priority"] for job in lonely.get("/v1/jobs").json()["data"]}
+    assert (shown[job_id], shown[plain["id"]]) == (-3, 0)
+    assert lonely.put(f"/v1/jobs/{job_id}", json={**GENERATE, "priority": 3}).json()["error"]["code"] == "id_reused"
+
+
+def test_a_priority_out_of_its_bound_is_422_with_field_and_bound(lonely: httpx2.Client) -> None:
+    for path, body in (("/v1/jobs", GENERATE), ("/predict", {"input_text": "a"})):
+        answer = lonely.post(path, json={**body, "priority": 101})
+
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "priority")
+        assert "from -100 to 100" in answer.json()["detail"]
+
+
 def test_prefer_wait_answers_200_with_the_result(api: httpx2.Client) -> None:
     answer = api.post("/v1/jobs", json=GENERATE, headers={"prefer": "wait=20"})
 

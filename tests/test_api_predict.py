@@ -51,6 +51,12 @@ def test_a_text_is_continued_by_64_tokens_of_the_raw_text(api: httpx2.Client) ->
     assert len(job["result"]["choices"][0]["token_ids"]) == 64
 
 
+def test_a_text_may_say_how_urgent_it_is(api: httpx2.Client) -> None:
+    answer = api.post("/predict", json={"input_text": "Once upon", "priority": -9})
+
+    assert api.get(answer.headers["content-location"]).json()["priority"] == -9
+
+
 def test_the_continuation_is_greedy() -> None:
     assert (PARAMS.max_tokens, PARAMS.temperature) == (64, 0.0)
 

@@ -14,7 +14,7 @@ from api.app import create_app
 from api.complaints import read_json
 from api.schema import JOB_BODY, JOB_NAMES, Turn
 from api.settings import ApiSettings
-from core.bounds import BOUNDS, ROLES
+from core.bounds import BOUNDS, PRIORITY, ROLES
 from core.errors import HeadraceError, InvalidField, RequestError, UnknownField
 from core.request import Request
 from jobs.async_store import AsyncStore
@@ -87,6 +87,7 @@ bodies: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"kind": st.sampled_from(["generate", "predict", "dream", None])},
     optional={
         "model": st.sampled_from(["m", "", "m" * 257, None, 4]),
+        "priority": around(PRIORITY.low, PRIORITY.high),
         "input": inputs | st.just([]),
         "params": params | st.none() | st.just([]),
     },
@@ -141,6 +142,14 @@ def test_a_parameter_out_of_its_bound_is_refused_in_cores_words(name: str) -> No
         assert str(BOUNDS[name]) in str(error)
 
 
+@pytest.mark.parametrize("priority", [-101, 101])
+def test_a_priority_out_of_its_bound_is_refused_in_cores_words(priority: int) -> None:
+    error = read({**PLAIN, "priority": priority})
+
+    assert str(error) == str(read_by_core({**PLAIN, "priority": priority}))
+    assert "priority: must be from -100 to 100" in str(error)
+
+
 @pytest.mark.parametrize(
     ("body", "param", "suggestion"),
     [
@@ -148,8 +157,8 @@ def test_a_parameter_out_of_its_bound_is_refused_in_cores_words(name: str) -> No
         ({**PLAIN, "params": {"max_token": 3}}, "params.max_token", "max_tokens"),
         ({"kind": "generate", "input": {"promt": "a"}}, "input.promt", "prompt"),
         ({"kind": "generate", "input": {"messages": [{"rol": "user"}]}}, "input.messages.0.rol", "role"),
-        ({**PLAIN, "webhook": {}}, "webhook", None),
-        ({**PLAIN, "priority": 1}, "priority", None),
+        ({**PLAIN, "webhook": {"url": "x", "event": []}}, "webhook.event", "events"),
+        ({**PLAIN, "prioriti": 1}, "prioriti", "priority"),
     ],
 )
 def test_an_unknown_field_is_named_with_the_nearest_known_one(body: object, param: str, suggestion: str | None) -> None:

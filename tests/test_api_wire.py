@@ -14,7 +14,7 @@ from api.problems import Asked, problem
 from api.schema import JOB_BODY, JOB_NAMES
 from api.sse import frame
 from core.errors import PromptTooLong
-from core.request import Kind, Request
+from core.request import FIELDS, Kind, Request
 from jobs.job import Job, JobState
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -67,12 +67,13 @@ def test_events_are_written_as_they_always_were() -> None:
         "request_predict.json",
         "request_choices.json",
         "request_sampling.json",
+        "request_priority.json",
     ],
 )
 def test_a_request_is_read_as_it_always_was(name: str) -> None:
     example = golden(name)
     request = read_json(JOB_BODY, json.dumps(example).encode(), JOB_NAMES).to_request()
-    stored = {key: value for key, value in example.items() if key in ("kind", "model", "input", "params")}
+    stored = {key: value for key, value in example.items() if key in FIELDS}
 
     assert request == Request.from_wire(stored)
     assert Request.from_wire(request.to_wire()) == request

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("api", "core", "headrace", "jobs", "worker")
+ROOMS = ("api", "core", "courier", "headrace", "jobs", "worker")
 FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py") if "_rooms" not in path.parts)
 
 #: What of the core an API host needs.
@@ -23,6 +23,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "api": ("api", "jobs", *SHARED_WORDS),
     "jobs": ("jobs", *SHARED_WORDS),
     "worker": ("worker", "jobs", "core"),
+    "courier": ("courier", "jobs", "core.errors"),
     "core": ("core",),
 }
 
@@ -36,7 +37,8 @@ HOME: Mapping[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("fastapi", "pydantic", "starlette", "uvicorn", "prometheus_client"), ("api",)),
     "vllm": ("core/vllm_engine.py",),
-    **dict.fromkeys(("httpx2", "rich"), ("headrace",)),
+    "httpx2": ("headrace", "courier/post.py"),
+    "rich": ("headrace",),
 }
 
 #: Importable where nothing is installed.
@@ -208,6 +210,7 @@ def test_a_room_catches_everything_in_one_place_at_most() -> None:
     [
         ("api.app", ("torch", "transformers")),
         ("core.instant", ("torch", "transformers", "redis", "rq", "pydantic")),
+        ("courier.rounds", ("torch", "fastapi", "pydantic", "api", "worker", "headrace")),
         ("headrace.cli", ("torch", "redis", "rq", "fastapi", "api", "jobs", "worker", "core")),
         ("headrace.client", ("torch", "redis", "rq", "fastapi", "api", "jobs", "worker", "core")),
     ],

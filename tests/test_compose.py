@@ -5,6 +5,7 @@ What is not proved here: the images themselves, and that a kernel's namespaces d
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ import yaml
 
 from headrace.client import Client
 from headrace.embedded import find_server
+from tests.courier_world import Receiver, receiving, verify
 from tests.processes import clean_environment, free_port, until, workers
 
 ROOT = Path(__file__).parent.parent
@@ -116,13 +118,22 @@ def host(tmp_path: Path) -> Iterator[Host]:
         process.wait()
 
 
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as one:
+        yield one
+
+
 def seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+)s", text)
     assert found
     return float(found[1])
 
 
-def test_the_services_come_up_in_order_turn_healthy_answer_a_job_and_stop_in_their_grace_period(host: Host) -> None:
+def test_the_services_come_up_in_order_turn_healthy_answer_a_job_and_stop_in_their_grace_period(
+    host: Host, receiver: Receiver
+) -> None:
+    host.environ = {**host.environ, "HEADRACE_WEBHOOK_PRIVATE_HOSTS": receiver.host}
     redis_process = host.start("redis")
     until(lambda: host.is_healthy("redis"), redis_process)
     assert host.start("init").wait(60) == 0
@@ -134,13 +145,19 @@ def test_the_services_come_up_in_order_turn_healthy_answer_a_job_and_stop_in_the
     key = (host.folder / "keys" / "api-key").read_text().strip()
     url = f"http://127.0.0.1:{host.ports['api']}"
     until(lambda: workers(url, key), api, worker)
+    courier = host.start("courier")
     with Client(url, api_key=key) as client:
+        body = {"input": {"prompt": "hello"}, "webhook": {"url": receiver.url()}}
+        assert client.wait(client.submit(body, max_tokens=5).id, 30).succeeded
+        until(lambda: receiver.got, api, worker, courier)
         assert client.run("hello", timeout=30, max_tokens=5).succeeded
         running = client.submit("long", max_tokens=100_000)
         until(lambda: client.get(running.id).status != "queued", api, worker)
         client.cancel(running.id)
 
-    for name, process in (("worker", worker), ("api", api), ("redis", redis_process)):
+    secret = (host.folder / "hooks" / "webhook-secret").read_text().strip()
+    assert verify(receiver.got[0], base64.b64decode(secret.removeprefix("whsec_")))
+    for name, process in (("worker", worker), ("courier", courier), ("api", api), ("redis", redis_process)):
         process.send_signal(signal.SIGTERM)
         assert process.wait(seconds(SERVICES[name]["stop_grace_period"])) == 0, name
 
@@ -152,6 +169,9 @@ def test_init_writes_a_private_key_once_and_prints_how_to_ask(host: Host) -> Non
     argv = [host.here("init", str(word)) for word in SERVICES["init"]["command"]]
     again = subprocess.run(argv, env=host.environment("init"), capture_output=True, text=True, timeout=60, check=True)
 
+    hook = host.folder / "hooks" / "webhook-secret"
+    assert re.fullmatch(r"whsec_[A-Za-z0-9+/]{43}=\n", hook.read_text())
+    assert stat.S_IMODE(hook.stat().st_mode) == 0o600
     assert path.read_text() == key
     assert re.fullmatch(r"sk_[0-9a-f]{64}\n", key)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -191,14 +211,18 @@ def test_only_the_api_s_port_is_published_and_on_loopback() -> None:
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["api"]["ports"])
 
 
-def test_only_init_can_reach_out() -> None:
+def test_only_init_can_reach_out_and_a_courier_where_one_is_asked_for() -> None:
     networks = BASE["networks"]
     masquerade = "com.docker.network.bridge.enable_ip_masquerade"
     closed = {
         n for n, net in networks.items() if net.get("internal") or net.get("driver_opts", {}).get(masquerade) == "false"
     }
 
-    assert {name for name, service in SERVICES.items() if not set(service["networks"]) <= closed} == {"init"}
+    assert {name for name, service in SERVICES.items() if not set(service["networks"]) <= closed} == {
+        "init",
+        "courier",
+    }
+    assert [name for name, service in SERVICES.items() if "profiles" in service] == ["courier"]
     assert SERVICES["redis"]["networks"] == SERVICES["worker"]["networks"] == ["inside"]
     assert networks["inside"]["internal"] is True
 
@@ -206,7 +230,7 @@ def test_only_init_can_reach_out() -> None:
 def test_rooms_start_only_after_redis_is_healthy_and_init_has_ended_well() -> None:
     wanted = {"redis": {"condition": "service_healthy"}, "init": {"condition": "service_completed_successfully"}}
 
-    assert SERVICES["api"]["depends_on"] == SERVICES["worker"]["depends_on"] == wanted
+    assert all(SERVICES[room]["depends_on"] == wanted for room in ("api", "worker", "courier"))
     assert SERVICES["init"]["restart"] == "no"
 
 
@@ -226,7 +250,7 @@ def test_redis_keeps_what_202_promises() -> None:
 def test_every_variable_of_the_files_is_a_setting() -> None:
     from headrace.layers import load
 
-    for service in ("init", "api", "worker"):
+    for service in ("init", "api", "worker", "courier"):
         environ = {k: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(v)) for k, v in SERVICES[service]["environment"].items()}
         load({}, environ)
 
@@ -250,7 +274,14 @@ def test_the_vllm_overlay_changes_the_worker_only_and_its_variables_are_settings
     environ = {k: re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", str(v)) for k, v in worker["environment"].items()}
 
     assert load({}, environ).engine == "vllm"
-    assert set(re.findall(r"^COPY (\w+) ", recipe, flags=re.M)) >= {"api", "core", "headrace", "jobs", "worker"}
+    assert set(re.findall(r"^COPY (\w+) ", recipe, flags=re.M)) >= {
+        "api",
+        "core",
+        "courier",
+        "headrace",
+        "jobs",
+        "worker",
+    }
     assert "ENTRYPOINT []" in recipe
     assert worker["image"] not in (SERVICES["worker"]["image"], GPU["services"]["worker"]["image"])
     assert worker["deploy"] == GPU["services"]["worker"]["deploy"]
@@ -262,7 +293,7 @@ def test_the_image_is_not_root_copies_every_room_and_nothing_else() -> None:
     user = re.search(r"^USER (\d+):(\d+)$", text, flags=re.M)
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
 
-    assert copied == {"api", "core", "headrace", "jobs", "worker"}
+    assert copied == {"api", "core", "courier", "headrace", "jobs", "worker"}
     assert user is not None
     assert f"{user[1]}:{user[2]}" == SERVICES["api"]["user"]
     assert copied <= kept

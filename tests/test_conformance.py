@@ -5,6 +5,7 @@ The instant and the torch engine are held to it in ``make test``, vLLM's in ``ma
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -461,3 +462,17 @@ def test_an_engine_refuses_a_parameter_that_its_card_does_not_declare(engine: En
         if name not in engine.card.abilities:
             with pytest.raises(RequestError, match=name):
                 engine.add("a", ask(**{name: value}))
+
+
+def test_where_not_all_fit_the_lower_priority_goes_first_and_nobody_who_runs_gives_way(engine: EngineProtocol) -> None:
+    asked = ask(n=MAX_RUNNING, max_tokens=4)
+    engine.add("runs", dataclasses.replace(asked, priority=9))
+    events = engine.step()
+    for job_id, priority in (("low", 5), ("normal", 0), ("urgent", -5)):
+        engine.add(job_id, dataclasses.replace(asked, priority=priority))
+    while not engine.idle:
+        events += engine.step()
+
+    begun = dict.fromkeys(event.job_id for event in events if isinstance(event, TokenEvent))
+    assert [*begun] == ["runs", "urgent", "normal", "low"]
+    assert [event.job_id for event in events if isinstance(event, FinishedEvent)] == [*begun]

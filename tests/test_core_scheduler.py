@@ -38,8 +38,11 @@ class FakeCache:
             assert seen == [tuple(piece.sequence.tokens[: at + 1]) for at in range(piece.end)]
 
 
-def sequence_of(name: str, prompt: int, answer: int, *, token: int = 1, leader: Sequence | None = None) -> Sequence:
-    request = Request(token_ids=(token,) * prompt, params=SamplingParams(max_tokens=max(1, answer)))
+def sequence_of(
+    name: str, prompt: int, answer: int, *, token: int = 1, leader: Sequence | None = None, priority: int = 0
+) -> Sequence:
+    params = SamplingParams(max_tokens=max(1, answer))
+    request = Request(token_ids=(token,) * prompt, params=params, priority=priority)
     return Sequence(
         name,
         request,
@@ -55,7 +58,7 @@ def sequence_of(name: str, prompt: int, answer: int, *, token: int = 1, leader: 
 
 @pytest.mark.parametrize("seed", range(80))
 def test_any_mix_of_jobs_finishes_within_budget_and_frees_every_block(seed: int) -> None:
-    """Texts that begin alike, choices that share a prompt, pools too small for all who run, and cancellations."""
+    """Texts that begin alike, choices that share a prompt, priorities, pools too small for all, and cancellations."""
     draw = random.Random(seed)
     pool = BlockPool(draw.randint(7, 40) * BLOCK_TOKENS)
     budget, most = draw.randint(1, 30), draw.randint(1, 6)
@@ -63,9 +66,11 @@ def test_any_mix_of_jobs_finishes_within_budget_and_frees_every_block(seed: int)
     cache, waiting, alive = FakeCache(pool.tokens), list[Sequence](), list[Sequence]()
     for number in range(12):
         shape = draw.randint(1, 60), draw.randint(1, 40)
-        first = sequence_of(str(number), *shape, token=draw.randint(1, 2))
+        token, priority = draw.randint(1, 2), draw.choice((0, 0, -5, 7)) * (seed % 2)
+        first = sequence_of(str(number), *shape, token=token, priority=priority)
         others = [
-            sequence_of(str(number), *shape, token=first.tokens[0], leader=first) for _ in range(draw.choice((0, 0, 2)))
+            sequence_of(str(number), *shape, token=token, leader=first, priority=priority)
+            for _ in range(draw.choice((0, 0, 2)))
         ]
         waiting += [*others, first]
     for _ in range(5000):
@@ -74,10 +79,13 @@ def test_any_mix_of_jobs_finishes_within_budget_and_frees_every_block(seed: int)
             scheduler.add(alive[-1])
         if alive and draw.random() < 0.02:
             scheduler.remove(alive.pop(draw.randrange(len(alive))))  # cancelled
+        stopped = scheduler.stats.preemptions
         step = scheduler.plan(budget)
         assert step.tokens <= budget
         assert len(scheduler.running) <= most
-        assert bool(step.slices) == bool(alive)  # nobody starves: somebody always moves
+        assert bool(step.slices) == bool(alive) or scheduler.stats.preemptions > stopped  # nobody starves: all moves
+        order = [sequence.request.priority for sequence in scheduler.waiting]
+        assert order == sorted(order)
         if step.slices:
             cache.compute(step, build_batch(step, torch.device("cpu")))
         for piece in step.slices:
@@ -203,6 +211,45 @@ def test_when_blocks_run_out_the_last_admitted_gives_way_and_goes_on_later() -> 
 
     assert scheduler.running == [last]
     while not last.ended:
+        read(scheduler)
+
+
+def test_those_that_wait_are_admitted_by_priority_and_then_in_the_order_of_arrival() -> None:
+    scheduler = Scheduler(BlockPool(1024), max_running=1)
+    runs = sequence_of("runs", 5, 5, priority=100)
+    ranks = {"low": 9, "normal": 0, "second": 0, "urgent": -9, "low again": 9}
+    waiting = {name: sequence_of(name, 5, 5, priority=priority) for name, priority in ranks.items()}
+    for sequence in (runs, *waiting.values()):
+        scheduler.add(sequence)
+    assert scheduler.running == [runs]  # nobody who runs gives way to somebody who waits
+
+    order = []
+    while scheduler.running:
+        order.append(scheduler.running[0].job_id)
+        scheduler.remove(scheduler.running[0])
+
+    assert order == ["runs", "urgent", "normal", "second", "low", "low again"]
+
+
+def test_when_blocks_run_out_the_least_urgent_gives_way_and_waits_before_its_like() -> None:
+    scheduler = Scheduler(BlockPool(8 * BLOCK_TOKENS), max_running=3)
+    low, later, urgent = (
+        sequence_of(name, 30, 60, token=token, priority=priority)
+        for token, (name, priority) in enumerate({"low": 5, "later": 5, "urgent": -5}.items(), 1)
+    )
+    for sequence in (low, later, urgent):
+        scheduler.add(sequence)
+    behind = [sequence_of(name, 30, 60, token=4, priority=priority) for name, priority in (("as low", 5), ("last", 6))]
+    for sequence in behind:
+        scheduler.add(sequence)
+    while later.running:
+        read(scheduler)
+    assert (scheduler.running, scheduler.waiting) == ([low, urgent], [later, *behind])
+    while low.running:
+        read(scheduler)
+
+    assert (scheduler.running, scheduler.waiting) == ([urgent], [low, later, *behind])
+    while not urgent.ended:
         read(scheduler)
 
 

@@ -296,6 +296,9 @@ def test_what_is_asked_may_be_text_a_chat_or_a_whole_body() -> None:
     assert body_of([turn])["input"] == {"messages": [turn]}
     whole = {"kind": "predict", "input": {"token_ids": [1]}, "metadata": {"a": "b"}}
     assert body_of(whole) == whole
+    assert body_of("Hi", priority=-5) == {"kind": "generate", "input": {"prompt": "Hi"}, "priority": -5}
+    assert body_of({**whole, "priority": 3}, priority=0)["priority"] == 0
+    assert body_of({**whole, "priority": 3})["priority"] == 3
     assert body_of({"input": {"prompt": "x"}, "params": {"seed": 1, "top_k": 2}}, seed=3)["params"] == {
         "seed": 3,
         "top_k": 2,

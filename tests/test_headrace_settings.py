@@ -74,7 +74,7 @@ def test_redis_url_and_hf_token_are_honoured_under_their_usual_names() -> None:
         (
             {"HEADRACE_DTYPE": "float64"},
             "",
-            "HEADRACE_DTYPE: dtype must be one of auto, float32, bfloat16, not 'float64'",
+            "HEADRACE_DTYPE: dtype must be one of auto, float32, bfloat16, int8, not 'float64'",
         ),
         ({"HEADRACE_KV_MEMORY": "lots"}, "", "HEADRACE_KV_MEMORY: kv_memory must be auto or a size such as 2GiB"),
         ({}, "port = ", "headrace.toml cannot be read"),
@@ -98,6 +98,7 @@ def test_a_refused_address_does_not_show_its_password() -> None:
     assert "hunter2" not in str(refused.value)
     assert "hunter2" not in str(Settings(redis_url="redis://:hunter2@host:1/0").to_public())
     assert "hunter2" not in str(Settings(redis_url="unix:///a?password=hunter2").to_public())
+    assert "hunter2" not in str(Settings(webhook_secret="hunter2", api_key="hunter2").to_public())
 
 
 def test_a_room_is_handed_every_setting_and_nothing_stale() -> None:
@@ -116,9 +117,10 @@ def test_a_room_is_handed_every_setting_and_nothing_stale() -> None:
 
 def test_every_setting_of_a_room_is_one_of_headrace_with_the_same_default() -> None:
     from api.settings import ApiSettings
+    from courier.settings import CourierSettings
     from worker.settings import WorkerSettings
 
-    for room in (ApiSettings, WorkerSettings):
+    for room in (ApiSettings, CourierSettings, WorkerSettings):
         for field in dataclasses.fields(room):
             assert field.name in RULES, f"{room.__name__}.{field.name} cannot be set"
             assert getattr(Settings(), field.name) == field.default, field.name
@@ -148,6 +150,7 @@ def test_an_empty_key_file_is_no_key(empty_folder: Path) -> None:
         (["up", "--port", "many"], "--port: port must be a whole number, not 'many'"),
         (["api"], "headrace api needs a Redis"),
         (["worker"], "headrace worker needs a Redis"),
+        (["courier"], "headrace courier needs a Redis"),
         (["submit"], "exactly one of PROMPT, --messages and --file"),
         (["submit", "--messages", "[oops"], "--messages: not JSON"),
         (["submit", "--file", "none.txt"], "none.txt cannot be read"),

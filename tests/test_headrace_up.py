@@ -20,6 +20,7 @@ import redis
 
 from headrace.client import Client
 from tests.conftest import Server
+from tests.courier_world import SECRET, Receiver, receiving, verify
 from tests.processes import clean_environment, free_port, has_ended, until, workers
 
 SLOW = ("--instant-step-ms", "50")
@@ -95,11 +96,20 @@ def started(folder: Path, *flags: str, **environ: str) -> Iterator[Up]:
 
 
 @pytest.fixture(scope="module")
-def up() -> Iterator[Up]:
+def receiver() -> Iterator[Receiver]:
+    """Whom ``up`` may call back."""
+    with receiving() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def up(receiver: Receiver) -> Iterator[Up]:
     """One for every test that leaves it as it was."""
-    with tempfile.TemporaryDirectory(prefix="hr-up-") as name, started(Path(name)) as one:
+    flags, secret = ("--webhook-private-hosts", receiver.host), {"HEADRACE_WEBHOOK_SECRET": SECRET}
+    with tempfile.TemporaryDirectory(prefix="hr-up-") as name, started(Path(name), *flags, **secret) as one:
         yield one
         assert one.stop() == 0
+        assert SECRET not in one.log.read_text()
 
 
 def headrace(*words: str, stdin: str = "", **environ: str) -> subprocess.CompletedProcess[str]:
@@ -122,19 +132,38 @@ def test_submitted_lines_are_jobs_that_wait_and_status_follow(up: Up, tmp_path: 
     assert shown.stdout.startswith(f"{ids[0]} succeeded: w")
 
 
+def test_a_webhook_is_told_of_the_end_and_again_when_asked(up: Up, receiver: Receiver) -> None:
+    job_id = headrace("submit", "hello", "--webhook", receiver.url(), "--max-tokens", "5", HEADRACE_URL=up.url).stdout
+    until(lambda: receiver.got, up.process)
+    again = headrace("resend", job_id.strip(), HEADRACE_URL=up.url)
+    first, second = until(lambda: len(receiver.got) == 2 and receiver.got, up.process)
+    with Client(up.url) as client:
+        shown = until(lambda: (client.get(job_id.strip()).webhook or {}).get("state") == "delivered", up.process)
+
+    assert shown
+    assert (again.returncode, again.stdout.split()[:2]) == (0, [job_id.strip(), "succeeded:"])
+    assert verify(first)
+    assert verify(second)
+    assert (first.id, first.body) == (second.id, second.body)
+    assert (first.event["type"], first.event["data"]) == ("job.succeeded", {"id": job_id.strip()})
+
+
 def test_jsonl_lines_may_be_prompts_chats_or_whole_jobs(up: Up) -> None:
     lines = [
-        {"prompt": "a", "max_tokens": 2},
+        {"prompt": "a", "max_tokens": 2, "priority": -3},
         {"messages": [{"role": "user", "content": "b"}], "max_tokens": 3, "metadata": {"n": "1"}},
         {"kind": "generate", "input": {"prompt": "c"}, "params": {"max_tokens": 4}},
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     submitted = headrace("submit", "--file", "-", "--url", up.url, stdin=text)
+    urgent = headrace("submit", "--priority", "-7", "d", "--url", up.url)
     with Client(up.url) as client:
         jobs = [client.wait(job_id, 30) for job_id in submitted.stdout.split()]
+        priorities = [job.priority for job in (*jobs, client.get(urgent.stdout.strip()))]
 
     assert [len(job.token_ids) for job in jobs] == [2, 3, 4]
     assert jobs[1].wire["metadata"] == {"n": "1"}
+    assert priorities == [-3, 0, 0, -7]
 
 
 def test_run_shows_every_answer_that_was_asked_for(up: Up) -> None:
@@ -160,6 +189,7 @@ def test_run_streams_the_same_text_that_is_the_result(up: Up) -> None:
         (["wait", "job_nobody"], 2, "no job 'job_nobody'"),
         (["submit", "hello", "--max-tokens", "0"], 2, "params.max_tokens"),
         (["submit", "hello", "--model", "nobody"], 2, "nobody"),
+        (["submit", "hello", "--priority", "-101"], 2, "priority: must be from -100 to 100"),
         (["run", "!fail", "--raw"], 1, "failed"),
     ],
 )
@@ -316,6 +346,7 @@ def test_with_redis_url_no_server_of_our_own_is_started(own_valkey: Server, tmp_
     with started(tmp_path, REDIS_URL=own_valkey.url) as up, Client(up.url) as client:
         assert client.run("hello", timeout=30, max_tokens=2).succeeded
         assert up.room_pids("valkey-server") == []
+        assert up.room_pids("-m courier") == []  # nobody may be called back
         assert up.stop() == 0
     assert not (tmp_path / "queue").exists()
 

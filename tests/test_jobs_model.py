@@ -87,9 +87,11 @@ class Mutant:
 MUTANTS = {
     "adopting without noting the kind": Mutant("adopt", "call('HSET', K.job .. id, 'kind', kind, 'model', model)", ""),
     "adopting for whoever asks": Mutant("adopt", "job.attempt ~= attempt or job.status ~= 'started'", "false"),
+    "adopting without its priority": Mutant("adopt", "if ARGV[6] ~= '0' then", "if false then"),
     "a birth that leaves the mark": Mutant("birth", "call('ZREM', K.marks, worker)", ""),
     "a birth without a card": Mutant("birth", "call('HSET', K.card .. worker, 'card', ARGV[4])", ""),
     "cancelling what runs at once": Mutant("cancel", "if job.state == 'running' then", "if false then"),
+    "taking what others have": Mutant("collect", "call('ZADD', K.outbox, NOW + tonumber(ARGV[2]), callback)", ""),
     "claiming whatever it finds": Mutant("claim", "if job and job.status ~= 'queued' then", "if not job then"),
     "claiming without raising the fence": Mutant(
         "claim", "call('HINCRBY', key, 'attempt', 1)", "math.max(1, job.attempt) call('HSET', key, 'attempt', attempt)"
@@ -98,11 +100,14 @@ MUTANTS = {
     "going on with another's answer": Mutant("claim", "if job.tokens == 0 or job.engine == identity or", "if true or"),
     "starting over under a reader's eyes": Mutant("claim", "job.resume == 'wait' or job.read", "job.resume == 'wait'"),
     "a suspect beside others": Mutant("claim", "and not trusted and job.crashes >= 2", "and false"),
+    "the least urgent first": Mutant("claim", "for number = 1, #CLASSES do", "for number = #CLASSES, 1, -1 do"),
+    "others' turn when it is not": Mutant("claim", "if turn % 5 == 4 then", "if turn % 5 ~= 4 then"),
     "keeping moved dead letters": Mutant("dead", "if #stale > 0 then", "if false then"),
     "leaving with jobs in hand": Mutant("death", "if call('EXISTS', K.held .. worker) == 1 then", "if false then"),
     "deleting what runs": Mutant("delete", "if not is_final(job.state) or (", "if ("),
     "expiring what runs": Mutant("expire", "if job and job.state == 'queued' then", "if job then"),
     "mending a job into no list": Mutant("mend", "  put_back(id, job)\n  return 'put it at", "  return 'put it at"),
+    "noting whatever is said": Mutant("note", "or (state ~= 'delivered' and tonumber(attempts) ~= attempt)", ""),
     "promoting what is not scheduled": Mutant("promote", "if job and job.status == 'scheduled' then", "if job then"),
     "publishing without a fence": Mutant("publish", "if not job or job.attempt ~= attempt then", "if not job then"),
     "publishing twice": Mutant("publish", "if number >= job.events then", "if true then"),
@@ -114,6 +119,7 @@ MUTANTS = {
     "reindexing nothing": Mutant("reindex", "if job.place ~= job.state then", "if false then"),
     "releasing without a fence": Mutant("release", "job.attempt ~= attempt or job.status ~= 'started'", "false"),
     "a beat that tells of no lost reply": Mutant("renew", "if not known[member] then", "if false then"),
+    "resending at some time": Mutant("resend", "call('ZADD', K.outbox, NOW, job.callback)", ""),
     "retrying what succeeded": Mutant("retry", "if job.state ~= 'failed' or (", "if not is_final(job.state) or ("),
     "retrying with the old log": Mutant("retry", "reopen(id, job)", ""),
     "settling without a fence": Mutant("settle", "if not job or job.attempt ~= attempt then", "if not job then"),
@@ -121,12 +127,14 @@ MUTANTS = {
     "settling again": Mutant("settle", "if job.settled == attempt then return 2 end", ""),
     "a late failure counts": Mutant("settle", "and outcome == 'succeeded'", ""),
     "showing without a mark": Mutant("show", "call('HSET', K.job .. id, 'read', 1)", "call('PING')"),
-    "submitting at the front": Mutant("submit", "call('RPUSH', K.ready, id)", "call('LPUSH', K.ready, id)"),
+    "submitting at the front": Mutant("submit", "call('RPUSH', class.list, id)", "call('LPUSH', class.list, id)"),
+    "submitting all as one class": Mutant("submit", "CLASSES[class_of(priority)]", "CLASSES[2]"),
     "submitting twice": Mutant("submit", "if call('EXISTS', K.job .. id) == 1 then", "if false then"),
     "losing the index": Mutant("lib/base", "if state then call('ZADD'", "if state == 'queued' then call('ZADD'"),
     "indexing twice": Mutant("lib/base", "    call('ZREM', K.index .. job.kind .. ':' .. job.place, id)\n", ""),
     "packing what the result does not have": Mutant("lib/log", "(inline and 'I' or 'R')", "'R'"),
     "packing small numbers only": Mutant("lib/log", "number = math.floor(number / 128)", "number = 0"),
+    "letting go of what is to be delivered": Mutant("lib/outbox", "'state') ~= 'pending' then", "'state') then"),
     "requeueing what was cancelled": Mutant("lib/moves", "if job.cancel_requested then return", "if false then return"),
     "waiting for its like twice": Mutant("lib/moves", "if job.waiting_for == job.engine then return end", ""),
     "waiting for its like without an end": Mutant("lib/moves", "  call('ZADD', K.waits, NOW + patience, id)\n", ""),
@@ -135,6 +143,7 @@ MUTANTS = {
     "a suspect that waits beside others": Mutant(
         "lib/moves", "(job.crashes >= 2 and K.like_suspects or K.like)", "(K.like)"
     ),
+    "handing back to another class": Mutant("lib/moves", "CLASSES[job.class].list", "K.ready"),
     "ending twice": Mutant("lib/moves", "if job.closed or not is_final", "if not is_final"),
     "leaving an execution behind": Mutant("lib/moves", "  call('ZREM', K.wip, member)\n", ""),
 }  # fmt: skip

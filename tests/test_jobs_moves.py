@@ -294,11 +294,11 @@ def test_jobs_wait_for_a_worker_with_their_model(store: Store, valkey: redis.Red
     add(store, "c")
 
     assert [job.id for job in take(store)] == ["b", "c"]
-    assert valkey.lrange(f"{keys.MODEL_READY}other", 0, -1) == [b"a"]
+    assert valkey.lrange(f"{keys.READY}.other", 0, -1) == [b"a"]
     assert audit(valkey) == []
     [job] = take(store, worker="o", card=OTHER)
     store.release([(job.id, job.attempt)])
-    assert valkey.lrange(f"{keys.MODEL_READY}other", 0, -1) == [b"a"]
+    assert valkey.lrange(f"{keys.READY}.other", 0, -1) == [b"a"]
     assert take(store) == []
     assert [job.id for job in take(store, worker="o", card=OTHER)] == ["a"]
 

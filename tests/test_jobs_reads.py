@@ -15,6 +15,9 @@ from jobs import keys
 from jobs.audit import queue_lists
 from jobs.dependents import release_dependents
 
+#: Lists that are there, used or not.
+EVERYBODYS = (keys.URGENT, keys.READY, keys.LOW, keys.SUSPECTS)
+
 
 @pytest.fixture
 def client() -> Iterator[redis.Redis]:
@@ -24,13 +27,14 @@ def client() -> Iterator[redis.Redis]:
 
 
 def test_the_lists_of_other_queues_are_not_ours(client: redis.Redis) -> None:
-    client.sadd(keys.QUEUES, keys.READY, f"{keys.MODEL_READY}other", "rq:queue:mail", "rq:queue:generated")
+    other, low = f"{keys.READY}.other", f"{keys.LOW}.other"
+    client.sadd(keys.QUEUES, keys.READY, other, low, "rq:queue:mail", "rq:queue:generated", "rq:queue:generate-lower")
 
-    assert queue_lists(client) == [keys.READY, f"{keys.MODEL_READY}other", keys.SUSPECTS]
+    assert queue_lists(client) == sorted([*EVERYBODYS, other, low])
 
 
-def test_a_queue_that_nobody_has_used_has_its_two_lists(client: redis.Redis) -> None:
-    assert queue_lists(client) == [keys.READY, keys.SUSPECTS]
+def test_a_queue_that_nobody_has_used_has_its_own_lists(client: redis.Redis) -> None:
+    assert queue_lists(client) == sorted(EVERYBODYS)
 
 
 def test_what_waits_for_an_ended_job_is_queued_once_and_the_note_is_gone(client: redis.Redis) -> None:

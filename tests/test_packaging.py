@@ -19,7 +19,7 @@ import pytest
 from tests.processes import clean_environment, free_port, until, workers
 
 ROOT = Path(__file__).parent.parent
-OURS = ("api", "core", "jobs", "worker")
+OURS = ("api", "core", "courier", "jobs", "worker")
 WRONG_ROOM = 97  #: exit code of the application's own programs
 
 
@@ -87,9 +87,8 @@ def application(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Applic
 
 
 def test_the_application_keeps_its_own_packages(application: Application) -> None:
-    code = (
-        "import api, core, jobs, worker, headrace.client; print(*(m.OWNER for m in (api, core, jobs, worker)), sep=';')"
-    )
+    rooms = ", ".join(OURS)
+    code = f"import {rooms}, headrace.client; print(*(room.OWNER for room in ({rooms})), sep=';')"
     done = application.run("-c", code)
 
     assert done.stdout.strip() == ";".join(f"the application, {room}" for room in OURS), done.stderr

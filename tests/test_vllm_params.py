@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from core.answer import Answer, NoText
 from core.card import FIRST_PARAMS, MEMORYLESS_PARAMS, OPTIONAL_PARAMS
+from core.reader import Reader
 from core.request import Request, SamplingParams
 from core.sequence import Sequence
+from tests.jobs_world import CARD
 
 pytestmark = [
     pytest.mark.vllm,
@@ -72,6 +75,40 @@ def test_a_salt_keeps_its_prompt_apart_in_vllms_cache_too(salt: str | None) -> N
     prompt = _prompt(sequence_of(Request(token_ids=(4, 5, 6), cache_salt=salt), emitted=2))
 
     assert (prompt["prompt_token_ids"], prompt.get("cache_salt")) == ([4, 5, 6, 7, 7], salt)
+
+
+class FakeVllm:
+    """Remembers how urgent it was told that each request is."""
+
+    def __init__(self) -> None:
+        self.priorities: dict[str, int] = {}
+
+    def add_request(self, request_id: str, prompt: object, params: object, *, priority: int) -> None:
+        self.priorities[request_id] = priority
+
+
+def test_every_choice_of_a_job_is_told_its_priority() -> None:
+    from core.vllm_engine import VllmEngine
+
+    vllm, card = FakeVllm(), dataclasses.replace(CARD, abilities=FIRST_PARAMS)
+    engine = VllmEngine(vllm, Reader(None, (), card), card, max_running=8)
+    for job_id, priority in (("urgent", -100), ("plain", 0), ("low", 7)):
+        engine.add(job_id, Request(token_ids=(4,), params=SamplingParams(n=2), priority=priority))
+
+    assert vllm.priorities == {
+        f"{job_id}/{index}": priority
+        for job_id, priority in (("urgent", -100), ("plain", 0), ("low", 7))
+        for index in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(("args", "policy"), [({}, "priority"), ({"scheduling_policy": "fcfs"}, "fcfs")])
+def test_vllm_schedules_by_priority_unless_the_operator_says_otherwise(
+    tmp_path: Path, args: dict[str, Any], policy: str
+) -> None:
+    from core.vllm_engine import VllmConfig
+
+    assert VllmConfig(args=args, kv_memory="64MiB").to_vllm(tmp_path).scheduling_policy == policy
 
 
 def test_each_parameter_is_passed_under_its_name_or_is_ours() -> None:

@@ -178,6 +178,7 @@ def test_the_dashboard_shows_jobs_and_workers(
 PAGES = [
     "queues.json",
     "workers.json",
+    "jobs/generate-low/queued/8/asc/1.json",
     *(f"jobs/generate/{state}/8/asc/1.json" for state in ("queued", "started", "finished", "failed", "canceled")),
 ]
 

@@ -18,6 +18,7 @@ from api.schema import GenerateBody, JobId, ListQuery, PredictBody, WaitQuery
 from core.errors import InvalidField
 from core.request import Kind, Request
 from jobs.job import FINAL, Job, JobState
+from jobs.webhooks import NotAllowed
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
@@ -71,6 +72,12 @@ async def retry(here: Here, job_id: Id) -> Response:
     return json_answer(await here.wire(await here.store.retry(job_id)))
 
 
+@router.post("/{job_id}/webhook/resend")
+async def resend(here: Here, job_id: Id) -> Response:
+    """Tell the job's webhook of its end again, under the same id."""
+    return json_answer(await here.wire(await here.store.resend(job_id)))
+
+
 @router.delete("/{job_id}", status_code=204)
 async def delete(here: Here, job_id: Id) -> Response:
     """Forget an ended job with its request, result and events."""
@@ -79,6 +86,7 @@ async def delete(here: Here, job_id: Id) -> Response:
 
 
 async def _submit(here: Context, body: GenerateBody | PredictBody, job_id: str, prefer: str) -> Response:
+    _refuse_uncallable(here, body)
     asked = body.to_request()
     request = dataclasses.replace(asked, model=await here.fleet.settle(asked.model))
     await here.fleet.refuse_unable(request)
@@ -97,6 +105,14 @@ async def _submit(here: Context, body: GenerateBody | PredictBody, job_id: str, 
     if job.state not in FINAL:
         headers["retry-after"] = POLL_SECONDS
     return json_answer(await here.wire(job), 200 if done else 202, headers)
+
+
+def _refuse_uncallable(here: Context, body: GenerateBody | PredictBody) -> None:
+    if body.webhook is not None:
+        try:
+            here.hosts.target(body.webhook.url)
+        except NotAllowed as error:
+            raise InvalidField("webhook.url", str(error)) from error
 
 
 def _same(first: Request | None, again: Request) -> bool:

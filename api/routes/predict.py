@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 
 from fastapi import APIRouter
@@ -26,7 +27,8 @@ PARAMS = SamplingParams(max_tokens=64, temperature=0.0)
 @router.post("/predict", openapi_extra=described(TextBody))
 async def predict(here: Here, body: AText) -> Response:
     """Continue a text greedily by 64 tokens; without a tokenizer, the likeliest next id at each position."""
-    request = _request(body.input_text, await here.fleet.card(body.model))
+    asked = _request(body.input_text, await here.fleet.card(body.model))
+    request = dataclasses.replace(asked, priority=body.priority)
     if here.held.full:
         raise TooManyStreams(here.held.limit)
     new = NewJob(id=f"job_{uuid.uuid4().hex}", request=request, result_ttl_seconds=here.settings.result_ttl_seconds)

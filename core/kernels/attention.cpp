@@ -4,6 +4,7 @@
 //
 // A block holds BLOCK tokens: keys [kv_heads][head_size][BLOCK], so that BLOCK scores are one vector, and values
 // [kv_heads][BLOCK][head_size].
+#include "pool.h"
 #include "vectors.h"
 
 namespace {
@@ -192,17 +193,13 @@ template <typename T> void work(const Job<T> &job, const Span &span, const int32
 
 template <typename T>
 void attend(const Job<T> &job, int64_t tokens, const int64_t *slots, const Span *spans, const int32_t *tables,
-            int64_t count, const Piece *pieces) {
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < tokens; row++) store(job, row, slots[row]);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < count; i++) {
-      const Span &span = spans[pieces[i].span];
-      work(job, span, tables + span.table, pieces[i]);
-    }
-  }
+            int64_t count, const Piece *pieces, int64_t threads) {
+  const int64_t numbers = tokens * job.kv_heads * job.head_size;
+  share(numbers > FEW ? threads : 1, tokens, [&](int64_t row) { store(job, row, slots[row]); });
+  share(threads, count, [&](int64_t i) {
+    const Span &span = spans[pieces[i].span];
+    work(job, span, tables + span.table, pieces[i]);
+  });
 }
 
 } // namespace
@@ -214,7 +211,7 @@ struct Arguments {
   int64_t query_head, query_row, key_head, key_row, value_head, value_row;
   int64_t heads, kv_heads, head_size, window;
   double scale, softcap;
-  int64_t tokens, pieces;
+  int64_t tokens, pieces, threads;
   const int64_t *slots;
   const Span *spans;
   const int32_t *tables;
@@ -226,7 +223,7 @@ void attend_float(const Arguments *a) {
                  (float *)a->value_pool, (float *)a->out, a->query_head, a->query_row, a->key_head, a->key_row,
                  a->value_head, a->value_row, a->heads, a->kv_heads, a->head_size, float(a->scale), float(a->softcap),
                  a->window};
-  attend(job, a->tokens, a->slots, a->spans, a->tables, a->pieces, a->work);
+  attend(job, a->tokens, a->slots, a->spans, a->tables, a->pieces, a->work, a->threads);
 }
 
 void attend_bfloat16(const Arguments *a) {
@@ -234,7 +231,7 @@ void attend_bfloat16(const Arguments *a) {
                 (Bf16 *)a->value_pool, (Bf16 *)a->out, a->query_head, a->query_row, a->key_head, a->key_row,
                 a->value_head, a->value_row, a->heads, a->kv_heads, a->head_size, float(a->scale), float(a->softcap),
                 a->window};
-  attend(job, a->tokens, a->slots, a->spans, a->tables, a->pieces, a->work);
+  attend(job, a->tokens, a->slots, a->spans, a->tables, a->pieces, a->work, a->threads);
 }
 
 } // extern "C"

@@ -24,8 +24,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in (*_NUMBERS, *_SHAPE)),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
-        ("tokens", ctypes.c_int64),
-        ("pieces", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("tokens", "pieces", "threads")),
         *((name, ctypes.c_void_p) for name in ("slots", "spans", "tables", "work")),
     )
 
@@ -84,7 +83,7 @@ def call(
     arguments = _Arguments(
         *(tensor.data_ptr() for tensor in (query, keys, values, key_pool, value_pool, out)),
         *(tensor.stride(axis) for tensor in (query, keys, values) for axis in (0, 1)),
-        *(heads, keys.shape[0], head_size, window, scale, softcap, tokens, len(work)),
+        *(heads, keys.shape[0], head_size, window, scale, softcap, tokens, len(work), torch.get_num_threads()),
         *(tensor.data_ptr() for tensor in (slots, spans, tables, work)),
     )
     function(ctypes.byref(arguments))

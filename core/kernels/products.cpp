@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "pool.h"
+
 namespace {
 
 constexpr int WIDTH = 32;
@@ -32,7 +34,10 @@ struct Int8 { // activations unsigned, weights signed
   static constexpr int DEEP = 4;
   typedef __m512i Sum;
   static Sum zero() { return _mm512_setzero_si512(); }
-  static Sum add(Sum sum, __m512i row, __m512i weights) { return _mm512_dpbusd_epi32(sum, row, weights); }
+  static Sum add(Sum sum, __m512i row, __m512i weights) { // by hand: GCC 12 spills the sums of its own intrinsic
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(row), "v"(weights));
+    return sum;
+  }
 };
 
 // What is fetched while a tile is multiplied: so many lines at each of its steps.
@@ -76,14 +81,13 @@ inline void save(uint16_t *at, __m512 values, __mmask16 mask) {
   _mm256_mask_storeu_epi16(at, mask, (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-// All rows times this thread's panels; finish turns a row's sums into values.
+// All rows times all panels; finish turns a row's sums into values.
 template <typename T, typename Out, typename Finish>
 void product(const char *rows, int64_t stride, const char *weights, Out *out, int64_t count, int64_t outputs,
-             int64_t inputs, Finish finish) {
+             int64_t inputs, int64_t threads, Finish finish) {
   const int64_t panels = (outputs + WIDTH - 1) / WIDTH, tiles = (count + MOST_ROWS - 1) / MOST_ROWS;
   const int64_t bytes = inputs * WIDTH * int64_t(sizeof(typename T::Weight)), steps = inputs / T::DEEP;
-#pragma omp for schedule(static)
-  for (int64_t p = 0; p < panels; p++) {
+  share(threads, panels, [&](int64_t p) {
     const char *panel = weights + p * bytes;
     int64_t first = 0;
     for (int64_t tile = 0; tile < tiles; tile++) {
@@ -101,7 +105,7 @@ void product(const char *rows, int64_t stride, const char *weights, Out *out, in
         }
       first += height;
     }
-  }
+  });
 }
 
 inline __m512 load_bfloat16(const uint16_t *at, __mmask16 mask) {
@@ -128,9 +132,8 @@ float quantize(const uint16_t *row, int64_t inputs, uint8_t *into) {
 
 template <typename Out>
 void product_bfloat16(const uint16_t *rows, int64_t stride, const uint16_t *weights, const float *bias, Out *out,
-                      int64_t count, int64_t outputs, int64_t inputs) {
-#pragma omp parallel
-  product<Bfloat16>((const char *)rows, stride * 2, (const char *)weights, out, count, outputs, inputs,
+                      int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
+  product<Bfloat16>((const char *)rows, stride * 2, (const char *)weights, out, count, outputs, inputs, threads,
                     [=](__m512 sum, int64_t, int64_t at) {
                       return bias ? _mm512_add_ps(sum, _mm512_loadu_ps(bias + at)) : sum;
                     });
@@ -140,19 +143,16 @@ void product_bfloat16(const uint16_t *rows, int64_t stride, const uint16_t *weig
 template <typename Out>
 void product_int8(const uint16_t *rows, int64_t stride, const int8_t *weights, const float *weight_scales,
                   const int32_t *weight_sums, const float *bias, Out *out, uint8_t *quantized, float *scales,
-                  int64_t count, int64_t outputs, int64_t inputs) {
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int64_t m = 0; m < count; m++) scales[m] = quantize(rows + m * stride, inputs, quantized + m * inputs);
-    product<Int8>((const char *)quantized, inputs, (const char *)weights, out, count, outputs, inputs,
-                  [=](__m512i sum, int64_t row, int64_t at) {
-                    __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_loadu_si512(weight_sums + at)));
-                    value = _mm512_mul_ps(value, _mm512_mul_ps(_mm512_set1_ps(scales[row]),
-                                                               _mm512_loadu_ps(weight_scales + at)));
-                    return bias ? _mm512_add_ps(value, _mm512_loadu_ps(bias + at)) : value;
-                  });
-  }
+                  int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
+  share(count * inputs > FEW ? threads : 1, count,
+        [=](int64_t m) { scales[m] = quantize(rows + m * stride, inputs, quantized + m * inputs); });
+  product<Int8>((const char *)quantized, inputs, (const char *)weights, out, count, outputs, inputs, threads,
+                [=](__m512i sum, int64_t row, int64_t at) {
+                  __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_loadu_si512(weight_sums + at)));
+                  value = _mm512_mul_ps(
+                      value, _mm512_mul_ps(_mm512_set1_ps(scales[row]), _mm512_loadu_ps(weight_scales + at)));
+                  return bias ? _mm512_add_ps(value, _mm512_loadu_ps(bias + at)) : value;
+                });
 }
 
 } // namespace
@@ -161,25 +161,27 @@ void product_int8(const uint16_t *rows, int64_t stride, const int8_t *weights, c
 extern "C" {
 
 void product_bfloat16_bfloat16(const uint16_t *rows, int64_t stride, const uint16_t *weights, const float *bias,
-                               uint16_t *out, int64_t count, int64_t outputs, int64_t inputs) {
-  product_bfloat16(rows, stride, weights, bias, out, count, outputs, inputs);
+                               uint16_t *out, int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
+  product_bfloat16(rows, stride, weights, bias, out, count, outputs, inputs, threads);
 }
 
 void product_bfloat16_float(const uint16_t *rows, int64_t stride, const uint16_t *weights, const float *bias, float *out,
-                            int64_t count, int64_t outputs, int64_t inputs) {
-  product_bfloat16(rows, stride, weights, bias, out, count, outputs, inputs);
+                            int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
+  product_bfloat16(rows, stride, weights, bias, out, count, outputs, inputs, threads);
 }
 
 void product_int8_bfloat16(const uint16_t *rows, int64_t stride, const int8_t *weights, const float *weight_scales,
                            const int32_t *weight_sums, const float *bias, uint16_t *out, uint8_t *quantized,
-                           float *scales, int64_t count, int64_t outputs, int64_t inputs) {
-  product_int8(rows, stride, weights, weight_scales, weight_sums, bias, out, quantized, scales, count, outputs, inputs);
+                           float *scales, int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
+  product_int8(rows, stride, weights, weight_scales, weight_sums, bias, out, quantized, scales, count, outputs, inputs,
+               threads);
 }
 
 void product_int8_float(const uint16_t *rows, int64_t stride, const int8_t *weights, const float *weight_scales,
                         const int32_t *weight_sums, const float *bias, float *out, uint8_t *quantized, float *scales,
-                        int64_t count, int64_t outputs, int64_t inputs) {
-  product_int8(rows, stride, weights, weight_scales, weight_sums, bias, out, quantized, scales, count, outputs, inputs);
+                        int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
+  product_int8(rows, stride, weights, weight_scales, weight_sums, bias, out, quantized, scales, count, outputs, inputs,
+               threads);
 }
 
 } // extern "C"

@@ -80,13 +80,13 @@ def product(x: Tensor, packed: Packed, dtype: torch.dtype = torch.bfloat16) -> T
     out = torch.empty(*x.shape[:-1], packed.outputs, dtype=dtype)
     bias = None if packed.bias is None else packed.bias.data_ptr()
     name = "float" if dtype is torch.float32 else "bfloat16"
-    sizes = (count, packed.outputs, packed.inputs)
+    sizes = (count, packed.outputs, packed.inputs, torch.get_num_threads())
     pointers = (rows.data_ptr(), rows.stride(0), packed.panels.data_ptr())
     if packed.scales is None or packed.sums is None:
-        _function(f"product_bfloat16_{name}", 8)(*pointers, bias, out.data_ptr(), *sizes)
+        _function(f"product_bfloat16_{name}", 9)(*pointers, bias, out.data_ptr(), *sizes)
     else:
         quantized, scales = torch.empty(count, packed.inputs, dtype=torch.uint8), torch.empty(count)
-        _function(f"product_int8_{name}", 12)(
+        _function(f"product_int8_{name}", 13)(
             *pointers,
             *(packed.scales.data_ptr(), packed.sums.data_ptr(), bias),
             *(out.data_ptr(), quantized.data_ptr(), scales.data_ptr()),
@@ -111,6 +111,6 @@ def _panels(weights: Tensor, deep: int) -> Tensor:
 @cache
 def _function(name: str, arguments: int) -> Any:
     function = getattr(library(), name)
-    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * (arguments - 5), *[ctypes.c_int64] * 3)
+    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * (arguments - 6), *[ctypes.c_int64] * 4)
     function.restype = None
     return function

@@ -2,20 +2,15 @@
 // A row is computed by itself, in float32; sizes are multiples of LANES.
 #include <cmath>
 
+#include "pool.h"
 #include "vectors.h"
-
-namespace {
-
-constexpr int64_t FEW = 1 << 14; // numbers that one thread is done with before a second one has begun
-
-} // namespace
 
 extern "C" {
 
 // RMSNorm (arXiv:1910.07467): x / sqrt(mean(x^2) + eps), rounded, times weight. x and out [rows][size].
-void rms_norm(const Bf16 *x, const Bf16 *weight, Bf16 *out, int64_t rows, int64_t size, double eps) {
-#pragma omp parallel for schedule(static) if (rows * size > FEW)
-  for (int64_t row = 0; row < rows; row++) {
+void rms_norm(const Bf16 *x, const Bf16 *weight, Bf16 *out, int64_t rows, int64_t size, double eps,
+              int64_t threads) {
+  share(rows * size > FEW ? threads : 1, rows, [=](int64_t row) {
     const Bf16 *from = x + row * size;
     Bf16 *into = out + row * size;
     Vec squares = splat(0.0f);
@@ -27,16 +22,15 @@ void rms_norm(const Bf16 *x, const Bf16 *weight, Bf16 *out, int64_t rows, int64_
       save(into + i, load(from + i) * share);
       save(into + i, load(into + i) * load(weight + i));
     }
-  }
+  });
 }
 
 // Rotary positions (arXiv:2104.09864): x * cos + (minus its second half, its first half) * sin; half a size is a multiple
 // of LANES. x [heads][rows][size] by its strides, cos and sin [rows][size], out [heads][rows][size].
 void rotate(const Bf16 *x, int64_t head_stride, int64_t row_stride, const Bf16 *cos, const Bf16 *sin, Bf16 *out,
-            int64_t heads, int64_t rows, int64_t size) {
+            int64_t heads, int64_t rows, int64_t size, int64_t threads) {
   const int64_t half = size / 2;
-#pragma omp parallel for schedule(static) if (heads * rows * size > FEW)
-  for (int64_t at = 0; at < heads * rows; at++) {
+  share(heads * rows * size > FEW ? threads : 1, heads * rows, [=](int64_t at) {
     const int64_t head = at / rows, row = at % rows;
     const Bf16 *from = x + head * head_stride + row * row_stride, *c = cos + row * size, *s = sin + row * size;
     Bf16 *into = out + at * size;
@@ -45,13 +39,12 @@ void rotate(const Bf16 *x, int64_t head_stride, int64_t row_stride, const Bf16 *
       save(into + i, first * load(c + i) - second * load(s + i));
       save(into + half + i, second * load(c + half + i) + first * load(s + half + i));
     }
-  }
+  });
 }
 
 // SwiGLU (arXiv:2002.05202): gate / (1 + e^-gate), rounded, times up. pairs [rows][gate: size, up: size], out [rows][size].
-void silu_times(const Bf16 *pairs, Bf16 *out, int64_t rows, int64_t size) {
-#pragma omp parallel for schedule(static) if (rows * size > FEW)
-  for (int64_t row = 0; row < rows; row++) {
+void silu_times(const Bf16 *pairs, Bf16 *out, int64_t rows, int64_t size, int64_t threads) {
+  share(rows * size > FEW ? threads : 1, rows, [=](int64_t row) {
     const Bf16 *gates = pairs + row * 2 * size;
     Bf16 *into = out + row * size;
     for (int64_t i = 0; i < size; i += LANES) {
@@ -61,7 +54,7 @@ void silu_times(const Bf16 *pairs, Bf16 *out, int64_t rows, int64_t size) {
       save(into + i, gate * sigmoid);
       save(into + i, load(into + i) * load(gates + size + i));
     }
-  }
+  });
 }
 
 } // extern "C"

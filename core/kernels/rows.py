@@ -19,8 +19,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (arXiv:1910.07467) of bfloat16 [..., size]."""
     x = x.contiguous()
     out, size = torch.empty_like(x), x.shape[-1]
-    types = (_POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_double)
-    _function("rms_norm", types)(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps)
+    types = (_POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_double, _NUMBER)
+    _function("rms_norm", types)(
+        *(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps, torch.get_num_threads())
+    )
     return out
 
 
@@ -34,10 +36,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _, heads, rows, size = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    types = (_POINTER, _NUMBER, _NUMBER, _POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER, _NUMBER)
+    types = (_POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4)
     _function("rotate", types)(
         *(x.data_ptr(), x.stride(1), x.stride(2), cos.contiguous().data_ptr(), sin.contiguous().data_ptr()),
-        *(out.data_ptr(), heads, rows, size),
+        *(out.data_ptr(), heads, rows, size, torch.get_num_threads()),
     )
     return out
 
@@ -46,8 +48,8 @@ def silu_times(pairs: Tensor) -> Tensor:
     """SwiGLU's gate (arXiv:2002.05202): bfloat16 [..., size of gates, then size of what passes them] → [..., size]."""
     size = pairs.shape[-1] // 2
     out = torch.empty(*pairs.shape[:-1], size, dtype=pairs.dtype)
-    _function("silu_times", (_POINTER, _POINTER, _NUMBER, _NUMBER))(
-        pairs.data_ptr(), out.data_ptr(), out.numel() // size, size
+    _function("silu_times", (_POINTER, _POINTER, _NUMBER, _NUMBER, _NUMBER))(
+        pairs.data_ptr(), out.data_ptr(), out.numel() // size, size, torch.get_num_threads()
     )
     return out
 

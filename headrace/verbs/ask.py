@@ -114,7 +114,8 @@ def _with_options(invocation: Invocation, body: Mapping[str, Any]) -> Mapping[st
     arguments = invocation.arguments
     extra = {"model": arguments.model, "deadline_seconds": arguments.deadline_seconds}
     extra["refuse_if_late"] = arguments.refuse_if_late or None
-    extra |= {"resume": arguments.resume, "cache_salt": arguments.cache_salt}
+    extra |= {"resume": arguments.resume, "cache_salt": arguments.cache_salt, "priority": arguments.priority}
+    extra["webhook"] = {"url": arguments.webhook} if arguments.webhook else None
     return {**body_of(body, **invocation.sampling()), **{k: v for k, v in extra.items() if v is not None}}
 
 
@@ -189,10 +190,14 @@ def _add_submit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="the model to ask, where several are served")
     parser.add_argument("--deadline-seconds", type=float, metavar="SECONDS", help="give up so long after submission")
     parser.add_argument(
+        "--priority", type=int, metavar="N", help="-100 to 100: the lower, the earlier; negative goes before 0 (0)"
+    )
+    parser.add_argument(
         "--resume", choices=RESUMES, help="what becomes of a begun answer when only another engine is there (restart)"
     )
     parser.add_argument("--refuse-if-late", action="store_true", help="take no job that the queue keeps beyond that")
     parser.add_argument("--cache-salt", metavar="TEXT", help="share cached prompts only with jobs that say the same")
+    parser.add_argument("--webhook", metavar="URL", help="is told when the job has ended")
     add_sampling(parser)
 
 

@@ -1,4 +1,4 @@
-"""``status``, ``wait``, ``cancel``, ``retry``, ``list``, ``models``, ``workers``: the verbs that look after jobs."""
+"""``status``, ``wait``, ``cancel``, ``retry``, ``resend``, ``list``, ``models``, ``workers``: they look after jobs."""
 
 from __future__ import annotations
 
@@ -137,6 +137,7 @@ STATUS = _verb("status", "show jobs, or the server", "status job_5f2c…", statu
 WAIT = _verb("wait", "wait until jobs have ended", "wait job_5f2c… --timeout 60", wait, add=_add_wait)
 CANCEL = _verb("cancel", "end jobs", "cancel job_5f2c…", _each(Client.cancel), add=_add_ids)
 RETRY = _verb("retry", "queue failed jobs again", "retry job_5f2c…", _each(Client.retry), add=_add_ids)
+RESEND = _verb("resend", "tell webhooks of jobs' ends again", "resend job_5f2c…", _each(Client.resend), add=_add_ids)
 LIST = _verb("list", "the newest jobs", "list --status failed --limit 50", list_jobs, add=_add_list)
 MODELS = _verb("models", "what is served", "models", models)
 WORKERS = _verb("workers", "who serves it", "workers --json", workers)

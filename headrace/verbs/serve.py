@@ -1,4 +1,4 @@
-"""``up``, ``api``, ``worker``: the verbs that start rooms."""
+"""``up``, ``api``, ``worker``, ``courier``: the verbs that start rooms."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ WORKER_SETTINGS = (
 API_SETTINGS = (
     *("host", "port", "api_key", "api_key_file", "allow_origin", "durability", "max_queued"),
     *("max_body_bytes", "max_wait_seconds", "result_ttl_seconds", "predict_wait_seconds"),
-    *("max_streams", "heartbeat_seconds"),
+    *("max_streams", "heartbeat_seconds", "webhook_hosts", "webhook_private_hosts"),
 )
+COURIER_SETTINGS = ("webhook_secret", "webhook_secret_file", "webhook_timeout_seconds", "webhook_retry_seconds")
 #: What Valkey says whatever its log level, and nobody has to act on.
 CHATTER = re.compile("Reading config from stdin|Memory overcommit|Received SIGTERM|is now ready to exit")
-COLOURS = {"headrace": 1, "valkey": 35, "api": 36, "worker": 32}
+COLOURS = {"headrace": 1, "valkey": 35, "api": 36, "worker": 32, "courier": 34}
 
 
 def up(invocation: Invocation) -> int:
@@ -63,6 +64,11 @@ def api(invocation: Invocation) -> int:
 def worker(invocation: Invocation) -> int:
     """Become a worker's parent, or ask whether there is one."""
     return _become(invocation, "worker.health" if invocation.arguments.check else "worker")
+
+
+def courier(invocation: Invocation) -> int:
+    """Become a courier."""
+    return _become(invocation, "courier")
 
 
 def _add_worker(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +107,7 @@ UP = Verb(
     name="up",
     text="start everything here: embedded Valkey, API and workers, in one terminal",
     example="headrace up --port 8000 --workers 2 --model smollm2-135m --data-dir ./queue",
-    settings=("data_dir", "redis_url", "workers", *API_SETTINGS, *WORKER_SETTINGS),
+    settings=("data_dir", "redis_url", "workers", *API_SETTINGS, *COURIER_SETTINGS, *WORKER_SETTINGS),
     run=up,
 )
 API = Verb(
@@ -118,4 +124,11 @@ WORKER = Verb(
     settings=("redis_url", "workers", "worker_index", "worker_name", "durability", *WORKER_SETTINGS),
     run=worker,
     add=_add_worker,
+)
+COURIER = Verb(
+    name="courier",
+    text="start a courier, which delivers callbacks (webhooks), for a Redis of your own",
+    example="REDIS_URL=redis://127.0.0.1:6379 headrace courier --webhook-hosts example.com --webhook-secret-file f",
+    settings=("redis_url", "webhook_hosts", "webhook_private_hosts", *COURIER_SETTINGS, "log_level"),
+    run=courier,
 )

@@ -1,12 +1,14 @@
 #!lua flags=allow-oom
 -- Take jobs and mark them started, in one go. ARGV: ttl, worker, room, running, model, engine, looks, identity of the
 -- engine, patience for a job that waits for another in ms.
+-- Begun answers that wait for such an engine come first, then the more urgent before the less, but that every fifth job
+-- claimed while several classes wait is not of the most urgent one: three times of the middle one, then of the last.
 -- Ids of ended jobs fall out here, jobs for other models go to those models' lists; `looks` bounds the work of a call.
 -- Answers {jobs, alone, hold, more}; a job is {id, attempt, next event, crashes, ms to its deadline, fields of RQ's}.
 local worker, room, running, model = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), string.lower(ARGV[5])
 local engine, looks, identity, patience = ARGV[6], tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
 local SUSPECT_WAIT, HOLD_FOR = 2000, 60000 -- milliseconds
-local taken = {}
+local taken, waiting = {}, {} -- waiting: the lists of each class that somebody waits in
 
 -- Whether this engine may compute the job: it begins the answer, goes on as whoever began would, or may start it over.
 local function may_resume(id, job)
@@ -46,7 +48,8 @@ local function take(id, job)
 end
 
 -- The next id of a list that is to be computed here; what is not is put where it belongs. `trusted`: it lists suspects.
-local function pop(list, trusted)
+-- `class`: it lists such jobs, and stock RQ may have put others there.
+local function pop(list, trusted, class)
   while looks > 0 do
     local id = call('LPOP', list)
     if not id then return nil end
@@ -62,7 +65,7 @@ local function pop(list, trusted)
     elseif job and not trusted and job.crashes >= 2 then
       pass(id, job)
       if not job.waiting_for then requeue(id, job, 'suspects') end -- else RQ queued it twice, and it waits elsewhere
-    elseif job and not is_ours(job) then
+    elseif job and not (is_ours(job) and job.class == (class or job.class)) then
       if not job.waiting_for or list == like_list(job) then requeue(id, job, 'back') end
     elseif job and not may_resume(id, job) then
       wait_for_like(id, job, patience)
@@ -70,6 +73,23 @@ local function pop(list, trusted)
       return id, job
     end
   end
+end
+
+local function pop_class(number)
+  for _, list in ipairs(waiting[number] or {}) do
+    local id, job = pop(list, false, number)
+    if id then return id, job end
+  end
+end
+
+-- The next job of all classes: of the most urgent one, unless it is another's turn and somebody waits there.
+local function pop_any(turn)
+  local id, job
+  if turn % 5 == 4 then id, job = pop_class(turn % 20 == 19 and 3 or 2) end
+  for number = 1, #CLASSES do
+    if not id then id, job = pop_class(number) end
+  end
+  return id, job
 end
 
 -- Whether a list's first suspect has waited long enough for this worker to empty itself.
@@ -83,10 +103,8 @@ end
 
 if room < 1 or call('EXISTS', K.suspended) == 1 or not call('ZSCORE', K.leases, worker) then return {taken, 0, 0, 0} end
 local suspects = {K.like_suspects .. identity, K.suspects .. '.' .. model, K.suspects}
-local others = {K.like .. identity, K.model_ready .. model, K.ready}
-if call('EXISTS', suspects[1], suspects[2], suspects[3], unpack(others)) == 0 then
-  suspects, others = {}, {} -- most claims of an idle house: one look instead of six
-end
+local like = {K.like .. identity}
+if call('EXISTS', like[1], unpack(suspects)) == 0 then suspects, like = {}, {} end -- mostly: one look instead of four
 for _, list in ipairs(suspects) do
   if running > 0 then
     if must_hold(list) then return {taken, 0, 1, 0} end
@@ -99,15 +117,30 @@ for _, list in ipairs(suspects) do
     end
   end
 end
-for _, list in ipairs(others) do
+for _, list in ipairs(like) do
   while #taken < room do
     local id, job = pop(list)
     if not id then break end
     take(id, job)
   end
 end
+local classes = 0
+for number, class in ipairs(CLASSES) do
+  local lists = {class.list .. '.' .. model, class.list}
+  if call('EXISTS', unpack(lists)) > 0 then waiting[number], classes = lists, classes + 1 end
+end
+local turn = tonumber(call('HGET', K.turns, model) or 0)
+while #taken < room do
+  local id, job = pop_any(turn)
+  if not id then break end
+  take(id, job)
+  turn = turn + 1
+end
+if classes > 1 then call('HSET', K.turns, model, turn % 20) end
 if #taken < room and looks > 0 and count('queued') == 0 then
-  local tickets = call('GET', K.tickets) or '0' -- nobody waits: the estimate starts afresh
-  if call('GET', K.passed) ~= tickets then call('SET', K.passed, tickets) end -- a write costs the disk's time
+  for _, class in ipairs(CLASSES) do
+    local tickets = call('GET', class.tickets) or '0' -- nobody waits: the estimate starts afresh
+    if (call('GET', class.passed) or '0') ~= tickets then call('SET', class.passed, tickets) end -- a write costs time
+  end
 end
 return {taken, 0, 0, #taken < room and looks == 0 and 1 or 0}

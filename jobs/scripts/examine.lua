@@ -64,6 +64,13 @@ local function results(id)
   return count
 end
 
+-- Whether somebody is to be told of the end, and how far that has got.
+local function callback(job)
+  local name = job and job.callback
+  return {wanted = job and job.webhook and true or false, state = name and call('HGET', K.callback .. name, 'state'),
+    waits = name and call('ZSCORE', K.outbox, name) and true or false}
+end
+
 local answers = {}
 for i = 3 + lists, #ARGV do
   local id = ARGV[i]
@@ -72,7 +79,8 @@ for i = 3 + lists, #ARGV do
     status = job and job.status, attempt = job and job.attempt, events = job and job.events, kind = job and job.kind,
     closed = job and job.closed, reason = job and job.reason, place = job and job.place,
     forgotten = not job and tonumber(call('ZSCORE', K.retention, id) or NEVER * 1000) <= NOW + 1000}
-  local found = {facts, listed(id), places(id), indexed(id), executions(id, job and job.attempt or RECENT), logged(id), results(id)}
+  local found = {facts, listed(id), places(id), indexed(id), executions(id, job and job.attempt or RECENT), logged(id), results(id),
+    callback(job)}
   answers[#answers + 1] = {cjson.encode(found), call('HGET', K.job .. id, 'log')}
 end
 return answers

@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- End queued jobs whose deadline has passed or that waited too long for the like of their engine, forget ended jobs
--- whose time is over, and finish packing long logs. ARGV: ttl, bound. Answers {done, more}.
+-- whose time is over, give up callbacks that no courier came for, and finish packing long logs. ARGV: ttl, bound. Answers {done, more}.
 local bound, done = tonumber(ARGV[2]), 0
+local UNSENT = 7 * 86400000 -- milliseconds
 local LOST = '{"code":"engine_changed","message":"engine %s began this answer and no worker of its kind came back in '
   .. 'time; retry the job to start it again","param":null}'
 local due = call('ZRANGEBYSCORE', K.deadlines, '-inf', NOW, 'LIMIT', 0, bound)
@@ -41,6 +42,8 @@ for _, id in ipairs(old) do
     done = done + 1
   end
 end
+local unsent = call('ZRANGEBYSCORE', K.outbox, '-inf', NOW - UNSENT, 'LIMIT', 0, bound)
+for _, callback in ipairs(unsent) do conclude(callback, 'failed', 'nobody came to deliver it') end
 local left = call('SRANDMEMBER', K.unpacked, 4)
 for _, id in ipairs(left) do pack_log(id, true) end
-return {done, (#due == bound or #waited == bound or #old == bound or #left > 0) and 1 or 0}
+return {done, (#due == bound or #waited == bound or #old == bound or #unsent == bound or #left > 0) and 1 or 0}

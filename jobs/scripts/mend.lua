@@ -65,6 +65,7 @@ end
 leave_lists()
 pass(id, job)
 note_end(id, job)
+mend_callback(id, job)
 index_as(job.state)
 call('ZREM', K.scheduled, id)
 call('ZREM', K.deferred, id)

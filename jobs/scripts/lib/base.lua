@@ -15,11 +15,17 @@ local FIELDS = {
   'status', 'attempt', 'crashes', 'kind', 'model', 'place', 'reason', 'events', 'tokens', 'ticket', 'closed',
   'settled', 'published_attempt', 'cancel_requested', 'deadline_at', 'suspect_at', 'result_ttl', 'failure_ttl',
   'worker_name', 'ended_at', 'rate_limit_key', 'engine', 'resume', 'waiting_for', 'read', 'first_token',
-  'text_bytes',
+  'text_bytes', 'webhook', 'callback', 'priority',
+}
+-- The classes of the queue, the most urgent one first: in which list a job waits, and what it is counted by.
+local CLASSES = {
+  {list = K.urgent, tickets = K.tickets .. ':urgent', passed = K.passed .. ':urgent'},
+  {list = K.ready, tickets = K.tickets, passed = K.passed},
+  {list = K.low, tickets = K.tickets .. ':low', passed = K.passed .. ':low'},
 }
 local NUMBERS = {
   'attempt', 'crashes', 'events', 'tokens', 'ticket', 'settled', 'published_attempt', 'suspect_at', 'first_token',
-  'text_bytes',
+  'text_bytes', 'priority',
 }
 
 -- Now, as RQ writes times: 2026-01-02T03:04:05.678901Z.
@@ -47,6 +53,19 @@ end
 
 local function is_final(state) return state ~= 'queued' and state ~= 'running' end
 
+-- Number of the class of a priority.
+local function class_of(priority) return priority < 0 and 1 or priority > 0 and 3 or 2 end
+
+-- About how many jobs wait in the classes from one to another.
+local function waiting_in(first, last)
+  local total = 0
+  for i = first, last do
+    local class = CLASSES[i]
+    total = total + math.max(0, (call('GET', class.tickets) or 0) - (call('GET', class.passed) or 0))
+  end
+  return total
+end
+
 -- The job's fields that scripts decide by; nil when it is unknown.
 local function load(id)
   local values = call('HMGET', K.job .. id, unpack(FIELDS))
@@ -56,22 +75,30 @@ local function load(id)
   for _, name in ipairs(NUMBERS) do job[name] = tonumber(job[name] or 0) end
   job.deadline_at = tonumber(job.deadline_at or nil)
   job.state = state_of(job.status, job.reason)
+  job.class = class_of(job.priority)
   job.kind = job.kind or 'generate' -- put in by stock RQ: the first worker that claims it finds out
   return job
 end
 
--- What a poll answers: SEEN's values, the last result entry, what of the log is not packed, the counter
--- behind queue positions, and the id.
+-- The last ticket of a class of which nobody is waited for any more: how many have left it, less those more urgent.
+local function before_first(class)
+  return (call('GET', CLASSES[class].passed) or 0) - waiting_in(1, class - 1)
+end
+
+-- What a poll answers: SEEN's values, the last result entry, what of the log is not packed, what to take from a queued
+-- job's ticket to have its position, the id, and how far its callback has got.
 local function read(id)
   local row = call('HMGET', K.job .. id, unpack(SEEN))
   if not row[1] then return false end
-  local over = is_final(state_of(row[1]))
+  local state = state_of(row[1])
+  local over = is_final(state)
   local last = over and call('XREVRANGE', K.results .. id, '+', '-', 'COUNT', 1)[1]
   local unpacked = over and call('SISMEMBER', K.unpacked, id) == 1
   row[#SEEN + 1] = last and last[2] or false
   row[#SEEN + 2] = unpacked and call('XRANGE', K.events .. id, '-', '+') or false
-  row[#SEEN + 3] = call('GET', K.passed)
+  row[#SEEN + 3] = state == 'queued' and before_first(class_of(tonumber(row[#SEEN] or 0)))
   row[#SEEN + 4] = id
+  row[#SEEN + 5] = row[2] and call('HMGET', K.callback .. row[2], 'state', 'attempts', 'error') or false
   return row
 end
 

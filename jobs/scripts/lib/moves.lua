@@ -8,7 +8,7 @@ end
 -- An id left the queue for good: everybody behind it moves up.
 local function pass(id, job)
   if job.ticket > 0 then
-    call('INCR', K.passed)
+    call('INCR', CLASSES[job.class].passed)
     call('HSET', K.job .. id, 'ticket', 0)
     job.ticket = 0
   end
@@ -42,6 +42,7 @@ local function forget(id, job)
   pass(id, job)
   move(id, job, nil)
   unlist(id)
+  let_go(id, job)
   call('DEL', K.job .. id, K.results .. id)
   call('EXPIRE', K.events .. id, 60)
 end
@@ -80,6 +81,7 @@ local function reopen(id, job)
   call('PERSIST', K.job .. id)
   call('PERSIST', K.results .. id)
   unlist(id)
+  let_go(id, job)
   job.closed, job.tokens, job.text_bytes, job.cancel_requested = false, 0, 0, false
   local patience = tonumber(call('HGET', K.job .. id, 'deadline_in') or nil)
   if patience then
@@ -110,6 +112,7 @@ local function finish(id, job, state, how)
   if job.ticket == 0 then call('HDEL', K.job .. id, 'ticket') end
   if state == 'succeeded' then call('HDEL', K.job .. id, 'deaths') end
   write_result(id, job, status, how)
+  call_back(id, job)
   local seconds = keep(job)
   call('ZADD', REGISTRY[status], status == 'canceled' and SECONDS or seconds < 0 and '+inf' or SECONDS + seconds, id)
   if how.reason == 'poison_job' then call('ZADD', K.dead, NOW, id) end
@@ -140,6 +143,7 @@ local function note_end(id, job)
   if not job.ended_at or job.ended_at == '' then call('HSET', K.job .. id, 'ended_at', stamp()) end
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)
+  call_back(id, job)
   pack_log(id, true)
   local seconds = keep(job)
   if call('TTL', K.job .. id) < 0 then retain(id, job, seconds == 0 and 1 or seconds) end
@@ -159,10 +163,10 @@ local function wait_for_like(id, job, patience)
   wake(K.wake .. '.' .. job.engine)
 end
 
--- Back into a list: 'front', 'back' or 'suspects'. The job's status is set here, its attempt never.
+-- Back into a list: 'front' or 'back' of its class's, or 'suspects'. The job's status is set here, its attempt never.
 local function requeue(id, job, where)
   local model = job.model and job.model ~= '' and '.' .. string.lower(job.model) or ''
-  local list = (where == 'suspects' and K.suspects or K.ready) .. model
+  local list = (where == 'suspects' and K.suspects or CLASSES[job.class].list) .. model
   call(where == 'front' and 'LPUSH' or 'RPUSH', list, id)
   call('SADD', K.queues, list)
   move(id, job, 'queued')
