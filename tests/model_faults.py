@@ -279,16 +279,8 @@ def _move_callback(world: World, job_id: str) -> Hurt:
 
 
 HURTS = (
-    _lose_list,
-    _gain_lists,
-    _lose_index,
-    _gain_places,
-    _lose_registry,
-    _lose_execution,
-    _lose_worker,
-    _lose_progress,
-    _lose_callback,
-    _move_callback,
+    *(_lose_list, _gain_lists, _lose_index, _gain_places, _lose_registry),
+    *(_lose_execution, _lose_worker, _lose_progress, _lose_callback, _move_callback),
 )
 
 

@@ -131,14 +131,14 @@ class World:
             with contextlib.suppress(JobNotFound):
                 self.store.get(job_id)  # mends it: RQ knows nothing of index and log
             self.by_rq.discard(job_id)
-        before, (old, judged) = self.views, self._judged
+        old, before = self._judged
         self.views, house = self._eye.look(self.ids)
         self.ids = [job_id for job_id in self.ids if job_id in self.views]
         self._judged = house, dict(self.views)
         problems = [f"{job_id}: {each}" for job_id in self.ids for each in self._judge(before.get(job_id), job_id, act)]
         problems += [*judge_workers(house, self.views, self.touched), *judge_wakes(house, self.views, self.touched)]
-        problems += judge_counts(old, house, judged, self.views, self.touched, self.credit)
-        problems += judge_positions(old, house, judged, self.views) if act != "forget" else ()
+        problems += judge_counts(old, house, before, self.views, self.touched, self.credit)
+        problems += judge_positions(old, house, before, self.views) if act != "forget" else ()
         problems += judge_callbacks(before, self, act, read_records(house.callbacks), house.outbox)
         self.credit = 0
         if number % 64 == 0:
