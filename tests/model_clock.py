@@ -53,7 +53,7 @@ def forget(world: World) -> None:
     if len(over) > 4:
         job_id = world.random.choice(over)
         world.client.zadd(keys.RETENTION, {job_id: 1})
-        if world.chance(0.3):  # Redis was quicker
+        if not world.views[job_id].stays and world.chance(0.3):  # Redis was quicker
             world.client.delete(f"{keys.JOB}{job_id}", f"{keys.RESULTS}{job_id}")
         world.client.zadd(keys.RETENTION, {"ghost": 1})
         world.client.sadd(keys.UNPACKED, "ghost", "spirit")
