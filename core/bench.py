@@ -25,6 +25,7 @@ from core.errors import HeadraceError, RequestError
 from core.instant import InstantConfig, InstantEngine
 from core.protocol import EngineProtocol
 from core.request import FailedEvent, FinishedEvent, Request, TokenEvent
+from core.threads import keep_calm
 
 BAD_CONFIGURATION = 2
 NAP_SECONDS = 0.05  #: the longest sleep while nothing is due
@@ -148,6 +149,7 @@ def _load(given: argparse.Namespace) -> EngineProtocol:
     if given.engine == "instant":
         seconds = given.instant_step_ms / 1000
         return InstantEngine(InstantConfig(step_seconds=seconds, max_running=given.max_running))
+    keep_calm(given.dtype, os.environ)
     from core.engine import Engine, EngineConfig
 
     names = ("model", "revision", "dtype", "device", "kv_memory", "max_model_len", "max_running", "step_tokens")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,14 @@ from torch.nn.functional import linear, silu
 from core import fused
 from core.engine import Engine, EngineConfig
 from core.kernels import products, rows
-from core.kernels.build import processor
+from core.kernels.build import has_products
 from core.kernels.products import pack, product
 from core.models.load import load_model
 from core.request import Request, SamplingParams
+from core.threads import keep_calm
 from tests.tiny_models import FAMILIES, make, make_from
 
-FLAGS = {flag for line in processor() if line.startswith("flags") for flag in line.split()}
-pytestmark = pytest.mark.skipif(
-    not {"avx512_bf16", "avx512_vnni"} <= FLAGS or "amx_bf16" in FLAGS,
-    reason="there are no products of ours for this processor",
-)
+pytestmark = pytest.mark.skipif(not has_products(), reason="there are no products of ours for this processor")
 
 SHAPES = [(32, 4), (96, 64), (33, 68), (1, 8), (576, 1536), (1000, 96)]  # outputs, inputs
 
@@ -198,3 +196,35 @@ def test_in_bfloat16_a_job_says_the_same_to_the_last_bit_in_any_company(
     engine = engine_of(folder, step_tokens=step_tokens, kv_memory=memory, prefix_cache=prefix_cache, max_running=6)
     results = engine.generate([dataclasses.replace(REQUESTS[number]) for number in mix])
     assert [result.choices for result in results] == [alone[number] for number in mix]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "environ", "expected"),
+    [
+        ("auto", {}, "0"),
+        ("int8", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("bfloat16", {"OMP_WAIT_POLICY": "active"}, None),
+        ("float32", {}, None),
+    ],
+)
+def test_torchs_threads_sleep_where_ours_work_unless_somebody_says_otherwise(
+    dtype: str, environ: dict[str, str], expected: str | None
+) -> None:
+    keep_calm(dtype, environ)
+    assert environ.get("GOMP_SPINCOUNT") == expected
+
+
+def test_work_is_done_once_whoever_does_it_and_however_many_call() -> None:
+    packed, x = pack([random(96, 64)], [None]), random(50, 64)
+    expected = product(x, packed, torch.float32)
+
+    def many(_: int) -> bool:
+        return all(torch.equal(product(x, packed, torch.float32), expected) for _ in range(300))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as callers:
+            assert all(callers.map(many, range(4)))
+    finally:
+        torch.set_num_threads(threads)

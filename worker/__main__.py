@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from core.errors import ModelError, UnsafeServer
+from core.threads import keep_calm
 from jobs.settings import SettingError, StoreSettings, from_environ
 from worker.parent import CLEAN, CRASHED, PERMANENT, Parent, ParentConfig, die_with
 from worker.pulse import Pulse
@@ -37,6 +38,8 @@ def main() -> int:
         if not arguments:
             return run_parent(settings, store_settings, os.environ)
         die_with(int(arguments[1]))
+        if settings.engine == "torch":
+            keep_calm(settings.dtype, os.environ)
         from worker.engine_process import serve
 
         serve(settings, store_settings, pulse)

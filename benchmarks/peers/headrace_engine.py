@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.peers import stdio
-from core.engine import Engine, EngineConfig
 from core.request import FinishedEvent, Request, SamplingParams
+from core.threads import keep_calm
 
 
 class HeadraceEngine:
     """The engine as a worker loads it."""
 
     def __init__(self, folder: Path, running: int, threads: int, dtype: str) -> None:
+        keep_calm(dtype, os.environ)
+        from core.engine import Engine, EngineConfig
+
         self._engine = Engine.load(EngineConfig(model=str(folder), dtype=dtype, threads=threads, max_running=running))
         self.versions: Mapping[str, str] = {
             name: importlib.metadata.version(name) for name in ("headrace", "torch", "transformers")
@@ -57,7 +59,6 @@ def main() -> None:
     parser = stdio.parser(__doc__)
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
     stdio.serve(lambda: HeadraceEngine(given.model, given.running, given.threads, given.dtype), given.workload)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from core.kernels.build import library, processor
+from core.kernels.build import has_products, library
 
 WIDTH = 32  #: outputs of a panel
 _WHOLE = 127  #: what the largest weight of an output is in eight bits
@@ -31,10 +31,8 @@ class Packed:
 
 
 def available() -> bool:
-    """There are kernels for this processor, and torch's own products are not better: those of AMX tiles are."""
-    found = library()
-    tiles = any("amx_bf16" in line for line in processor())
-    return found is not None and not tiles and hasattr(found, "product_bfloat16_bfloat16")
+    """Our products can be used, and are the best here."""
+    return has_products() and library() is not None
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, eight_bits: bool = False) -> Packed:
