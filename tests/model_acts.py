@@ -112,14 +112,15 @@ def _refused(world: World, command: Command[Any]) -> HeadraceError | None:
 
 def ask_for_nobody(world: World) -> None:
     asks: tuple[Callable[[str], object], ...] = (
-        world.store.cancel, world.store.retry, world.store.delete, world.store.get
+        world.store.cancel, world.store.retry, world.store.delete, world.store.get,
+        lambda job_id: world.store._runner.run(commands.resend(job_id)),
     )  # fmt: skip
     for ask in asks:
         try:
             ask("nobody")
         except JobNotFound:
             continue
-        raise AssertionError(f"{ask.__name__} found nobody")
+        raise AssertionError(f"{ask} found nobody")
     assert world.store._runner.run(commands.show("nobody", -1)) == []
     assert not world.client.exists(f"{keys.JOB}nobody"), "shown, and there"
 
