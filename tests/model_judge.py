@@ -189,5 +189,7 @@ def judge_answer(before: View | None, after: View, act: str) -> Iterator[str]:
         return
     if before.log and (not after.log or after.log[0].number != before.log[0].number):
         yield f"its log began at {before.log[0].number}, and now it is {after.log}"
-    if len(after.drawn) < len(before.drawn) and (act != "claim" or after.job.resume != "restart" or after.drawn):
+    if len(after.drawn) < len(before.drawn) and (
+        act not in ("claim", "suspects_wait") or after.job.resume != "restart" or after.drawn
+    ):
         yield f"{after.job.resume}, and {act} took what was said: {after.log}"
