@@ -11,6 +11,7 @@ PY     := $(VENV)/bin/python
 VLLM_VENV ?= .venv-vllm
 PEERS  := .venv-peers
 REPEATS ?= 3
+TESTERS ?= 2
 PIP    := $(PY) -m pip --disable-pip-version-check install -qq --no-input
 
 # torch: the plain package brings gigabytes of CUDA on Linux, so it is taken only where a driver is. Else the CPU
@@ -40,7 +41,7 @@ demo: $(VENV)/.server
 	@$(PY) -P -m headrace demo --model "$(MODEL)" --dtype "$(DTYPE)"
 
 test: $(VENV)/.dev $(VENV)/.model lint
-	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_FIND_LINKS= $(PY) -m pytest
+	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_FIND_LINKS= $(PY) -m pytest -n $(TESTERS) --dist loadfile
 
 # vLLM wants a torch, Transformers and FastAPI of its own, so its workers have an environment of their own; the API, Valkey
 # and the tests that start them stay in ours. What is uninstalled does not fit the CPU build of torch.

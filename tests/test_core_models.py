@@ -244,7 +244,7 @@ def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("field", [{"kv_memory": "much"}, {"dtype": "int8"}, {"max_running": 0}, {"threads": -1}])
+@pytest.mark.parametrize("field", [{"kv_memory": "much"}, {"dtype": "int4"}, {"max_running": 0}, {"threads": -1}])
 def test_a_setting_that_cannot_be_is_refused(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         EngineConfig(**field)

@@ -71,7 +71,7 @@ def test_the_boot_id_names_this_host() -> None:
         ("drain_seconds", -1.0),
         ("stall_seconds", -1),
         ("stall_seconds", 86_401),
-        ("dtype", "int8"),
+        ("dtype", "int4"),
         ("lease_seconds", float("nan")),
     ],
 )

@@ -287,7 +287,7 @@ def test_an_idle_worker_hardly_talks_and_yet_sees_a_job_at_once(
         submit(store, "a", max_tokens=1)
         job = ended(store, "a")
 
-    assert spent < 300, f"{spent:.0f} commands a second, ticks of 0.1 s included"
+    assert spent < 500, f"{spent:.0f} commands a second, ticks of 0.1 s included"
     assert (job.started_at or 0) - job.created_at < 0.5
 
 

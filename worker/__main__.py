@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,10 @@ def run_parent(settings: WorkerSettings, store_settings: StoreSettings, environm
         stop_seconds=settings.drain_seconds + KILL_AFTER_SECONDS,
         stall_seconds=settings.stall_seconds,
     )
-    return Parent(config, Store.connect(store_settings).expire_lease).run()
+    code = Parent(config, Store.connect(store_settings).expire_lease).run()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # on its way out the interpreter would die of another one
+    return code
 
 
 if __name__ == "__main__":
