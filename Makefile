@@ -34,7 +34,7 @@ help:
 	@echo "make bench                               the side-by-side benchmark (minutes)"
 	@echo "make bench-peers [REPEATS=3]             the same workload beside other engines, which it installs (an hour)"
 	@echo "make chaos [MINUTES=10] [SEED=1]         everything is killed while everything works (minutes)"
-	@echo "make mutants                             breaks every script, line by line; the model test must notice (half an hour)"
+	@echo "make mutants                             breaks every script, line by line; the tests must notice (ten minutes)"
 	@echo "make clean                               remove what was made here; the model cache stays"
 
 demo: $(VENV)/.server

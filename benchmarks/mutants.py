@@ -1,188 +1,182 @@
-"""Breaks each script that changes something in one place after the other, and lists which the walk does not find.
+"""Breaks each script that changes something in one place after the other, and reports what nobody notices.
 
-A mutant deletes a call that writes, negates a condition, swaps a comparison or drops a ``return``. A lost call or a
-changed decision that no walk notices is either equivalent, or a hole in the model test:
-``python -m benchmarks.mutants --scripts claim lib/log --seeds 8``.
+A mutant deletes a call that writes, negates a condition, swaps a comparison or drops a ``return``. The walks of the
+model test look first; for those they do not find, ``mutants.toml`` names the test that does, which is run, or says why
+nobody could. Some scripts only: ``python -m benchmarks.mutants --scripts claim lib/log --seeds 8``; in pieces of some
+minutes, as often as it takes: ``python -m benchmarks.mutants --keep verdicts.jsonl --minutes 4``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import re
-import shutil
-import signal
+import json
+import multiprocessing
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import redis
+from benchmarks.mutation import ROOT, House, Mutant, changers, mutants
+from benchmarks.rig import describe_machine
 
-from core.errors import HeadraceError
-from jobs import scripting
-from jobs.store import Store
-from tests.conftest import Server, start_valkey
-from tests.jobs_world import settings
-from tests.model_walk import walk
-
-FOLDER = scripting.FOLDER
-SWAPS = ((" <= ", " > "), (" >= ", " < "), (" < ", " >= "), (" > ", " <= "), (" == ", " ~= "), (" ~= ", " == "))
-#: How a walk ends that finds something.
-FINDS = (AssertionError, redis.RedisError, HeadraceError, LookupError, ValueError, TypeError, AttributeError)
-SMALL_PIECES = ("local PIECE = 4096", "local PIECE = 3")  #: long logs are packed in several calls
-
-LONGEST_SECONDS = 20  #: a walk takes two; a page that never is right, or a sweep that always has more, takes for ever
+REASONS = Path(__file__).with_suffix(".toml")
+WALK, TEST, SAME, OPEN = ENDS = ("walk", "test", "same", "open")  #: what may come of a mutant
+MORE_TO_DO = 75  #: exit status
 
 
 @dataclass(frozen=True, slots=True)
-class Mutant:
-    """One script with one line broken."""
+class Reason:
+    """Of a mutant that no walk finds: the test that does, or why it breaks nothing that anybody is promised."""
 
-    script: str
-    line: int  #: from 1
-    how: str
-    old: str
-    new: str
+    test: str = ""
+    why: str = ""
 
 
-def changers() -> list[str]:
-    """The scripts that change something, and what they share."""
-    own = [name for name, script in scripting.scripts().items() if "no-writes" not in script.text.split("\n", 1)[0]]
-    return [*own, *(f"lib/{part}" for part in scripting.SHARED)]
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What came of a mutant, and by what or why."""
+
+    name: str
+    end: str
+    word: str = ""
 
 
-def mutants(script: str) -> Iterator[Mutant]:
-    """Every break of a script, in the order of its lines."""
-    for number, text in enumerate((FOLDER / f"{script}.lua").read_text(encoding="utf-8").splitlines(), 1):
-        code = text.partition("--")[0].rstrip()
-        if not code or text.startswith("#!") or "local clock" in code:
-            continue
-        for how, new in _breaks(code):
-            if new != code:
-                yield Mutant(script, number, how, text.strip(), new)
+def read_reasons() -> dict[str, Reason]:
+    """By the names of the mutants."""
+    groups = tomllib.loads(REASONS.read_text(encoding="utf-8"))["group"]
+    return {name: Reason(group.get("test", ""), group.get("why", "")) for group in groups for name in group["mutants"]}
 
 
-def _breaks(code: str) -> Iterator[tuple[str, str]]:
-    stripped = code.strip()
-    if re.match(r"call\(.*\)$", stripped):
-        yield "delete the call", ""
-    for found in re.finditer(r"(?:then|do|else|;) (call\([^()]*(?:\([^()]*\)[^()]*)*\))", code):
-        yield "delete the call", code[: found.start(1)] + code[found.end(1) :]
-    for found in re.finditer(r"\b(?:else)?if (.+?) then", code):
-        yield "negate the condition", f"{code[: found.start(1)]}not ({found[1]}){code[found.end(1) :]}"
-    for old, new in SWAPS:
-        for at in (found.start() for found in re.finditer(re.escape(old), code)):
-            yield f"swap{old}for{new}".rstrip(), code[:at] + new + code[at + len(old) :]
-    for found in re.finditer(r" (and|or) ", code):
-        if code[: found.start()].count("'") % 2:
-            continue  # a word
-        other = " or " if found[1] == "and" else " and "
-        yield f"swap {found[1]} for{other}".rstrip(), code[: found.start()] + other + code[found.end() :]
-    if re.search(r"\breturn\b", code) and not re.match(r"(local )?function", stripped):
-        yield "drop the return", re.sub(r"\breturn( (call|finish|forget)\()?", _without, code, count=1)
+def judge(house: House, mutant: Mutant, reason: Reason | None, options: argparse.Namespace) -> Verdict:
+    """Let the walks look, and then the test that is named."""
+    if how := house.walks_find(mutant, options.seeds, options.steps):
+        return Verdict(mutant.name, WALK, how)
+    if reason is None:
+        return Verdict(mutant.name, OPEN)
+    if reason.test:
+        return Verdict(mutant.name, TEST if house.test_finds(mutant, reason.test) else OPEN, reason.test)
+    return Verdict(mutant.name, SAME, reason.why)
 
 
-def _without(found: re.Match[str]) -> str:
-    """A function that is called last is called still; a bare value must go somewhere."""
-    return f"{found[2]}(" if found[2] else "local _ ="
+class Notes:
+    """Verdicts, in a file if there is one: what earlier pieces of a run left there counts, if its commit was this."""
+
+    def __init__(self, path: Path | None, run: str) -> None:
+        self.path = path
+        self.verdicts: dict[str, Verdict] = {}
+        if path and path.exists():
+            first, *rest = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+            if first != run:
+                sys.exit(f"{path} is of {first}, this is {run}")
+            self.verdicts = {found["name"]: Verdict(**found) for found in rest}
+        elif path:
+            path.write_text(json.dumps(run) + "\n", encoding="utf-8")
+
+    def add(self, verdict: Verdict) -> None:
+        self.verdicts[verdict.name] = verdict
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(verdict)) + "\n")
 
 
-class House:
-    """A Valkey of its own, and the walks that run on it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._start()
-
-    def _start(self) -> None:
-        self.server: Server = start_valkey(self.folder, fsync="no")
-        self.client = redis.Redis.from_url(self.server.url)
-        self.client.config_set("appendonly", "no")
-        self.client.config_set("busy-reply-threshold", 500)
-
-    def close(self) -> None:
-        self.client.close()
-        self.server.process.kill()
-        self.server.process.wait(10)
-
-    def kills(self, mutant: Mutant | None, seeds: int, steps: int) -> str:
-        """How the walks find it, in a few words; empty if they do not."""
-        scripts = self.folder / "scripts"
-        shutil.rmtree(scripts, ignore_errors=True)
-        shutil.copytree(FOLDER, scripts)
-        if mutant:
-            path = scripts / f"{mutant.script}.lua"
-            lines = path.read_text(encoding="utf-8").split("\n")
-            lines[mutant.line - 1] = mutant.new
-            path.write_text("\n".join(lines), encoding="utf-8")
-        scripting.FOLDER = scripts
-        for seed in range(seeds):
-            if seed == 1:  # this one and those behind it pack in pieces
-                log = scripts / "lib" / "log.lua"
-                log.write_text(log.read_text(encoding="utf-8").replace(*SMALL_PIECES), encoding="utf-8")
-            scripting.scripts.cache_clear()
-            if how := self._walk(seed, steps):
-                return how
-        return ""
-
-    def _walk(self, seed: int, steps: int) -> str:
-        try:
-            self.client.flushall()
-        except redis.RedisError:  # a script that never ends
-            self.close()
-            self._start()
-        store = Store(settings(self.server.url, durability="memory"))
-        signal.alarm(LONGEST_SECONDS)
-        try:
-            walk(store, seed, steps)
-        except FINDS as error:
-            return f"{type(error).__name__}, seed {seed}: {str(error).replace(chr(10), ' ')[:160]}"
-        finally:
-            signal.alarm(0)
-            store.close()
-        return ""
+def judge_all(chosen: Sequence[Mutant], options: argparse.Namespace) -> Iterator[Verdict]:
+    """Verdicts as they come, for so many minutes."""
+    until = time.monotonic() + options.minutes * 60
+    tasks: multiprocessing.Queue[Mutant | None] = multiprocessing.Queue()
+    verdicts: multiprocessing.Queue[Verdict | None] = multiprocessing.Queue()
+    for mutant in [*chosen, *[None] * options.processes]:
+        tasks.put(mutant)
+    workers = [
+        multiprocessing.Process(target=_work, args=(tasks, verdicts, until, options), daemon=True)
+        for _ in range(options.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        yield from iter(verdicts.get, None)
+    tasks.cancel_join_thread()
 
 
-def _give_up(number: int, frame: object) -> None:
-    raise AssertionError("goes round and round")
+def _work(tasks: Any, verdicts: Any, until: float, options: argparse.Namespace) -> None:
+    reasons = read_reasons()
+    try:
+        with tempfile.TemporaryDirectory(prefix="hr-") as folder, contextlib.closing(House(Path(folder))) as house:
+            if how := house.walks_find(None, options.seeds, options.steps):
+                raise AssertionError(f"the scripts as they are do not pass: {how}")
+            while time.monotonic() < until and (mutant := tasks.get()):
+                verdicts.put(judge(house, mutant, reasons.get(mutant.name), options))
+    finally:
+        verdicts.put(None)
 
 
-def _survivors(report: str) -> set[tuple[str, str, str]]:
-    """Script, break and line of what an earlier run did not find; the lines may have moved since."""
-    found = re.findall(r"^\* `([\w/]+):\d+` ([^:]*): `(.*)`$", report, re.MULTILINE)
-    return {(script, how, old) for script, how, old in found}
+def report(chosen: Sequence[Mutant], found: Mapping[str, Verdict], run: str) -> Iterator[str]:
+    """The whole of it, as Markdown."""
+    count = Counter(found[each.name].end for each in chosen)
+    yield "# Mutants\n"
+    yield f"`{run}`, {time.strftime('%Y-%m-%d %H:%M', time.gmtime())}, {describe_machine()}.\n"
+    yield f"{len(chosen)} mutants: {count[WALK]} are found by a walk of the model test, {count[TEST]} by a test that"
+    yield f"is named below (and was run), {count[SAME]} break nothing that is promised, {count[OPEN]} nobody noticed."
+    yield "\n| script | mutants | by a walk | by a test | nothing broken | not noticed |\n|---|---|---|---|---|---|"
+    for script in dict.fromkeys(each.script for each in chosen):
+        ends = Counter(found[each.name].end for each in chosen if each.script == script)
+        yield f"| {script} | {ends.total()} | {' | '.join(str(ends[end]) for end in ENDS)} |"
+    for end, title in ((OPEN, "Not noticed"), (TEST, "Found by a test"), (SAME, "Nothing broken")):
+        if count[end]:
+            yield f"\n## {title}"
+        for word in dict.fromkeys(each.word for each in found.values() if each.end == end):
+            yield f"\n{word if end == SAME else f'`{word}`'}\n" if word else ""
+            for each in chosen:
+                if (found[each.name].end, found[each.name].word) == (end, word):
+                    yield f"* `{each.script}:{each.line}` {each.how}: `{each.old}`"
+
+
+def describe_run(options: argparse.Namespace) -> str:
+    """The command, but for how it was cut in pieces, and the commit."""
+    words = [f"--{name} {' '.join(options.scripts)}" for name in ["scripts"] if options.scripts != changers()]
+    words += [f"--{name} {value}" for name, value in (("steps", options.steps), ("seeds", options.seeds))]
+    told = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return f"python -m benchmarks.mutants {' '.join(words)}` at commit `{told.stdout.strip() or 'unknown'}"
 
 
 def main() -> int:
-    """Break one line after the other, and say what no walk noticed."""
+    """Break one line after the other, and say what nobody noticed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mutants", description=__doc__)
     parser.add_argument("--scripts", nargs="*", default=changers(), help="which ones (all that change something)")
     parser.add_argument("--steps", type=int, default=600, help="of a walk (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=4, help="walks for each mutant (%(default)s)")
-    parser.add_argument("--again", type=Path, help="a report of this program's: only what was not found then")
-    parser.add_argument("--found", action="store_true", help="list those that are found, too, and by what")
+    parser.add_argument("--seeds", type=int, default=12, help="walks for each mutant (%(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="walks at once (%(default)s)")
+    parser.add_argument("--keep", type=Path, help="keep verdicts here, and take those that are there")
+    parser.add_argument("--minutes", type=float, default=24 * 60.0, help="stop then; exit status 75 if more is to do")
+    parser.add_argument("--survivors", action="store_true", help="only those that mutants.toml has a reason for")
+    parser.add_argument("--found", action="store_true", help="say what found each, as it comes")
     options = parser.parse_args()
-    chosen = [each for name in options.scripts for each in mutants(name)]
-    if options.again:
-        left = _survivors(options.again.read_text(encoding="utf-8"))
-        chosen = [each for each in chosen if (each.script, each.how, each.old) in left]
-    signal.signal(signal.SIGALRM, _give_up)
-    verdicts: dict[str, list[bool]] = {name: [] for name in options.scripts}
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, contextlib.closing(House(Path(folder))) as house:
-        if how := house.kills(None, options.seeds, options.steps):
-            sys.exit(f"the scripts as they are do not pass: {how}")
-        for mutant in chosen:
-            how = house.kills(mutant, options.seeds, options.steps)
-            verdicts[mutant.script].append(bool(how))
-            if options.found or not how:
-                print(f"* `{mutant.script}:{mutant.line}` {mutant.how}: `{mutant.old}`", flush=True)
-                print(f"  {how}\n" if how else "", end="")
-    print("\n| script | mutants | found | not |\n|---|---|---|---|")
-    total = [each for found in verdicts.values() for each in found]
-    for name, found in [*verdicts.items(), ("all", total)]:
-        print(f"| {name} | {len(found)} | {sum(found)} | {len(found) - sum(found)} |")
+    reasons, run = read_reasons(), describe_run(options)
+    if options.keep and run.endswith("-dirty"):
+        sys.exit("pieces must be of one commit, and there are changes that are in none")
+    chosen = [
+        each for name in options.scripts for each in mutants(name) if not options.survivors or each.name in reasons
+    ]
+    notes = Notes(options.keep, run)
+    for verdict in judge_all([each for each in chosen if each.name not in notes.verdicts], options):
+        notes.add(verdict)
+        if options.found or verdict.end == OPEN:
+            print(f"{verdict.end}: {verdict.name} {verdict.word}", file=sys.stderr, flush=True)
+    if left := [each for each in chosen if each.name not in notes.verdicts]:
+        print(f"{len(left)} of {len(chosen)} are left", file=sys.stderr)
+        return MORE_TO_DO
+    print("\n".join(report(chosen, notes.verdicts, run)))
+    needless = set(reasons) - {name for name, each in notes.verdicts.items() if each.end != WALK}
+    for name in sorted(needless if options.scripts == changers() else ()):
+        print(f"needs no reason: {name}", file=sys.stderr)
     return 0
 
 

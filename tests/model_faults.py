@@ -1,23 +1,18 @@
-"""What goes wrong in the model test's walk: workers die, jobs lose their place, stock RQ moves jobs."""
+"""What goes wrong in the model test's walk: workers die, jobs lose their place."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
-from rq import Queue, Retry
-from rq.job import Job as RqJob
-from rq.registry import StartedJobRegistry
-from rq.serializers import JSONSerializer
+from collections.abc import Callable, Mapping
 
 from jobs import audit, commands, keys
-from jobs.job import FINAL, JobState
+from jobs.job import FINAL, Job, JobState
 from jobs.reports import WorkerCard
 from jobs.scripting import Command
 from jobs.work import Beat, ReapReport
 from tests.jobs_world import born, outlast_grace, wipe_lease
+from tests.model_house import CARDS
 from tests.model_judge import View
-from tests.model_walk import CARDS, JOBS, World, facts_of
+from tests.model_walk import World, facts_of
 
 S = JobState
 Hurt = list[list[object]]  #: commands
@@ -31,7 +26,7 @@ def die(world: World) -> None:
     mute = [view.job for view in running if not view.spoke]
     if mute and world.chance(0.8):  # so that there are suspects
         name = max(mute, key=lambda job: job.crashes).worker or name
-    _bury(world, name, "it fell", lambda: world.store.expire_lease(name, "it fell"))
+    _bury(world, name, "it fell", lambda: _sweep(world, name, "it fell"))
 
 
 def fall_silent(world: World) -> None:
@@ -41,7 +36,7 @@ def fall_silent(world: World) -> None:
     assert world.client.zscore(keys.MARKS, name), "nobody saw that its lease ran out"
     if world.chance(0.5):
         outlast_grace(world.client, name)
-        _bury(world, name, "its lease ran out", world.store.reap)
+        _bury(world, name, "its lease ran out", lambda: _sweep(world, name))
     elif world.chance(0.5):
         born(world.store, name, card=CARDS[name])
     else:  # it was only slow
@@ -63,7 +58,7 @@ def leave(world: World) -> None:
     world.store.death(name)
     if left:
         assert world.client.zscore(keys.LEASES, name) == 0, "nobody will sweep what it holds"
-        _bury(world, name, "it left without handing its jobs back", world.store.reap)
+        _bury(world, name, "it left without handing its jobs back", lambda: _sweep(world, name))
     else:
         world.bury(name)
         _vanished(world, name)
@@ -71,26 +66,41 @@ def leave(world: World) -> None:
 
 def _bury(world: World, name: str, how: str, sweep: Callable[[], ReapReport]) -> None:
     """A worker dies; what it ran goes on, or ends where it must."""
+    if world.client.scard(f"{keys.HELD}{name}") and world.chance(0.3):
+        world.client.sadd(f"{keys.HELD}{name}", "ghost:1")
+    other = world.random.choice([name, *CARDS])
+    world.client.set(keys.HOLD, other)
     held = {member.decode() for member in world.client.smembers(f"{keys.HELD}{name}")}
     running = [view for view in world.look_at(world.ids).values() if view.job.state is S.RUNNING]
     mine = [view for view in running if f"{view.job.id}:{view.job.attempt}" in held]
+    began = {view.job.id: _began(world, view) for view in mine}
     world.bury(name)
     for key in (keys.RQ_WORKERS, keys.QUEUE_WORKERS):
         world.client.sadd(key, f"{keys.RQ_WORKER}{name}")
     report = sweep()
     assert name in report.workers
-    assert not world.client.exists(keys.RQ_WORKERS, keys.QUEUE_WORKERS), f"{name} is RQ's worker still"
+    registered = (keys.RQ_WORKERS, keys.QUEUE_WORKERS, f"{keys.RQ_WORKER}{name}")
+    assert not world.client.exists(*registered), f"{name} is RQ's worker still"
+    assert world.client.exists(keys.HOLD) == (other != name), "it holds still, or took another's hold"
+    world.client.delete(keys.HOLD)
     if not world.small:
-        _in_order(world, [view for view in mine if view.job.id not in world.pushed | world.touched])
+        _in_order(world, {job_id: when for job_id, when in began.items() if job_id not in world.pushed})
+    dead = {view.job.id for view in mine if not view.job.cancel_requested and _crashes(view) >= 3}
+    cancelled = sum(view.job.cancel_requested for view in mine)
+    if not world.by_rq:
+        found = ({*report.dead}, report.ended, report.requeued)
+        assert found == (dead, cancelled, len(mine) - cancelled - len(dead)), f"{found} of {[*began]}"
+    views = world.look_at([view.job.id for view in mine])
     for view in mine:
         if view.job.id in world.by_rq:
             continue
-        after, crashes = world.look(view.job.id).job, 1 if view.spoke else view.job.crashes + 1
+        after, crashes = views[view.job.id].job, _crashes(view)
         state = S.CANCELLED if view.job.cancel_requested else S.FAILED if crashes >= 3 else S.QUEUED
         assert (after.state, after.crashes) == (state, crashes), (
             f"{view.job.id}: {after.state}, {after.crashes} crashes"
         )
-        assert state is not S.FAILED or after.reason == "poison_job"
+        if state is S.FAILED:
+            assert (after.reason, (after.error or {})["message"]) == ("poison_job", _words(after))
         death = after.deaths[-1]
         told = (death["attempt"], death["how"], death["tokens"], death["neighbours"])
         assert told == (view.job.attempt, how, view.number("tokens"), len(held) - 1)
@@ -98,12 +108,46 @@ def _bury(world: World, name: str, how: str, sweep: Callable[[], ReapReport]) ->
     _vanished(world, name)
 
 
-def _in_order(world: World, views: list[View]) -> None:
+def _sweep(world: World, name: str, how: str = "") -> ReapReport:
+    """Take its jobs, in as many calls as it takes: the first one knows whether there is more."""
+    held = world.client.scard(f"{keys.HELD}{name}")
+    first, more = world.store._runner.run(commands.reap(world.store._settings, name if how else "", how))
+    assert more == (held >= commands.SWEEP), f"held {held}, and there is more: {more}"
+    rest = world.store.expire_lease(name, how) if more and how else world.store.reap()
+    return ReapReport(
+        requeued=first.requeued + rest.requeued,
+        ended=first.ended + rest.ended,
+        dead=first.dead + rest.dead,
+        workers=first.workers + rest.workers,
+    )
+
+
+def _crashes(view: View) -> int:
+    """What its worker's death makes of a job's crashes."""
+    return 1 if view.spoke else view.job.crashes + 1
+
+
+def _words(job: Job) -> str:
+    """The error of a dead letter."""
+    told = []
+    for death in job.deaths[-3:]:
+        beside = f"beside {death['neighbours']}" if death["neighbours"] else "alone"
+        told.append(f"{death['how']} at {death['tokens']} tokens, {beside}")
+    return f"the job was running each time its worker died: {'; '.join(told)}"
+
+
+def _began(world: World, view: View) -> tuple[str, float, str]:
+    """Which of the jobs of a dead worker goes first: by claim, by creation, by name."""
+    at = world.client.hget(f"{keys.EXECUTION}{view.job.id}:{view.job.attempt}", "created_at")
+    return (at or b"0").decode(), view.kept.born, view.job.id
+
+
+def _in_order(world: World, began: Mapping[str, tuple[str, float, str]]) -> None:
     """What goes on stands in the order in which it was claimed."""
-    claimed = {view.job.id: view.fields["started_at"] for view in views}
     for key, ids in world.lists().items():
-        times = [claimed[job_id] for job_id in ids if job_id in claimed]
-        assert times == sorted(times) or key.startswith(keys.SUSPECTS), f"{claimed} reaped: {ids}"
+        found = [began[job_id] for job_id in ids if job_id in began]
+        right = sorted(found, reverse=key.startswith(keys.SUSPECTS))
+        assert found == right, f"reaped into {key}: {found}"
 
 
 def _vanished(world: World, name: str) -> None:
@@ -112,6 +156,8 @@ def _vanished(world: World, name: str) -> None:
     assert not world.client.exists(f"{keys.CARD}{name}", f"{keys.HELD}{name}")
     assert world.client.zscore(keys.LEASES, name) is world.client.zscore(keys.MARKS, name) is None
     assert world.client.get(keys.HOLD) != name.encode()
+    if world.chance(0.5):
+        world.client.hset(f"{keys.RQ_WORKER}{name}", "birth", 1)
     if world.chance(0.2):  # it was only asleep
         world.store._card = None
         world.store._runner.run(_beat(world, name))
@@ -132,18 +178,28 @@ def _beat(world: World, name: str) -> Command[Beat]:
 
 def mend(world: World) -> None:
     """A doctor looks at a job that is well, or that lost its place: it keeps its state, and is well."""
-    if not (job_id := world.any_id()) or job_id in world.touched:
+    rare = [
+        job_id for job_id, view in world.views.items()
+        if view.fields["status"] == "scheduled" or view.job.reason == "poison_job"
+    ]  # fmt: skip
+    job_id = world.random.choice(rare) if rare and world.chance(0.3) else world.any_id()
+    if not job_id or job_id in world.touched:
         return
     before = world.views[job_id]
     hurt = world.random.choice([each for each in HURTS if each(world, job_id)])
+    if job_id in rare and world.chance(0.5) and _lose_registry(world, job_id):
+        hurt = _lose_registry
     for command in hurt(world, job_id):
         world.client.execute_command(*command)
     audit.mend(world.client, job_id)
     after = world.look(job_id)
-    lost = before.job.state is S.RUNNING and hurt is _lose_execution
+    lost = before.job.state is S.RUNNING and hurt in (_lose_execution, _lose_worker)
     state = before.job.state if not lost else S.CANCELLED if before.job.cancel_requested else S.QUEUED
     assert after.job.state is state, f"{before.job.state} -> {after.job.state} by {hurt.__name__}"
+    assert lost or after.fields["status"] == before.fields["status"]
     assert state is S.CANCELLED or after.log == before.log
+    assert hurt is _lose_index or after.kept.born == before.kept.born
+    assert hurt is _lose_registry or lost or after.fields.get("expires_at") == before.fields.get("expires_at")
     assert not after.facts.lists or state is S.QUEUED, f"left in {after.facts.lists}"
     assert sum(times for _, times in after.facts.lists) <= 1
     world.pushed.discard(job_id)
@@ -188,6 +244,16 @@ def _lose_execution(world: World, job_id: str) -> Hurt:
     return [["DEL", f"{keys.EXECUTION}{job_id}:{job.attempt}"]] if job.state is S.RUNNING else []
 
 
+def _lose_worker(world: World, job_id: str) -> Hurt:
+    """It has not been there for long."""
+    job = world.views[job_id].job
+    member = f"{job_id}:{job.attempt}"
+    if job.state is not S.RUNNING:
+        return []
+    here, there = f"{keys.HELD}{job.worker}", f"{keys.HELD}gone"
+    return [["HSET", f"{keys.EXECUTION}{member}", "worker_name", "gone"], ["SMOVE", here, there, member]]
+
+
 def _lose_progress(world: World, job_id: str) -> Hurt:
     job = world.views[job_id].job
     member = f"{job_id}:{job.attempt}"
@@ -213,15 +279,8 @@ def _move_callback(world: World, job_id: str) -> Hurt:
 
 
 HURTS = (
-    _lose_list,
-    _gain_lists,
-    _lose_index,
-    _gain_places,
-    _lose_registry,
-    _lose_execution,
-    _lose_progress,
-    _lose_callback,
-    _move_callback,
+    *(_lose_list, _gain_lists, _lose_index, _gain_places, _lose_registry),
+    *(_lose_execution, _lose_worker, _lose_progress, _lose_callback, _move_callback),
 )
 
 
@@ -237,53 +296,3 @@ def mend_nobody(world: World) -> None:
     audit.mend(world.client, "ghost")
     assert [*map(len, facts_of(world, "ghost")[1:5])] == [0, 0, 0, 0]
     assert not world.client.sismember(f"{keys.HELD}w", "ghost:3")
-
-
-# -- stock RQ: it knows nothing of index and log
-
-
-def rq_enqueue(world: World) -> None:
-    if len(world.ids) >= JOBS:
-        return
-    world.made += 1
-    job_id, kind = f"j{world.made}", world.random.choice(("generate", "predict"))
-    wire = {"input": {"token_ids": [1]} if kind == "predict" else {"prompt": "x"}}
-    priority = world.random.choice(({}, {}, {"priority": -7}, {"priority": 5}))
-    model = world.random.choice(({}, {}, {"model": "other"}, {"model": "nobody's"}))
-    retry = Retry(max=2, interval=[0, 5]) if world.chance(0.3) else None
-    queue = Queue("generate", connection=world.client, serializer=JSONSerializer)
-    queue.enqueue(f"headrace.{kind}", {**wire, **model, **priority}, job_id=job_id, retry=retry)
-    world.ids.append(job_id)
-    world.touch(job_id)
-    world.views[job_id] = world.look(job_id)
-
-
-def push_twice(world: World) -> None:
-    if job_id := world.any_id(*(set(S) - {S.QUEUED})):
-        world.client.rpush(keys.READY, job_id)
-        world.pushed.add(job_id)
-
-
-def rq_cancel(world: World) -> None:
-    if job_id := world.any_id(S.QUEUED, S.RUNNING):  # RQ would let one cancel what has ended
-        world.touch(job_id)
-        _rq_job(world, job_id).cancel()
-
-
-def rq_requeue(world: World) -> None:
-    if job_id := world.any_id(S.FAILED) if world.chance(0.5) else world.any_id():
-        world.touch(job_id)
-        _rq_job(world, job_id).requeue()
-        if world.chance(0.4):  # its old end is noted still
-            world.client.zadd(keys.RETENTION, {job_id: 1})
-            world.store.expire()
-            assert world.client.ttl(f"{keys.JOB}{job_id}") == -1, f"{job_id} waits, and will be forgotten"
-
-
-def rq_clean(world: World) -> None:
-    """A dashboard on a fast clock."""
-    StartedJobRegistry("generate", connection=world.client, serializer=JSONSerializer).cleanup(time.time() + 9_999)
-
-
-def _rq_job(world: World, job_id: str) -> RqJob:
-    return RqJob.fetch(job_id, connection=world.client, serializer=JSONSerializer)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from core.errors import JobConflict
 from jobs import commands, keys, outbox
@@ -149,17 +148,15 @@ def _over(view: View) -> bool:
 
 def records(world: World) -> dict[str, Record]:
     """Every callback there is."""
-    return read_records(world._take([])[1][-2])
+    return read_records(world.house().callbacks)
 
 
-def read_records(found: Any) -> dict[str, Record]:
-    """What LOOK says of callbacks."""
-    every = {}
-    for name, fields, expires in found:
-        texts = [each.decode() for each in fields]
-        table = dict(zip(texts[::2], texts[1::2], strict=True))
-        every[name.decode().removeprefix(keys.CALLBACK)] = Record(table, bool(expires))
-    return every
+def read_records(found: Sequence[tuple[str, Sequence[str], int]]) -> dict[str, Record]:
+    """What a glance says of callbacks."""
+    return {
+        key.removeprefix(keys.CALLBACK): Record(dict(zip(fields[::2], fields[1::2], strict=True)), bool(expires))
+        for key, fields, expires in found
+    }
 
 
 def _now(world: World) -> float:

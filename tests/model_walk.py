@@ -7,11 +7,10 @@ RQ's own tools take part.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -19,33 +18,23 @@ from rq.exceptions import InvalidJobOperation, NoSuchJobError
 
 from core.errors import HeadraceError, JobConflict, JobNotFound
 from core.request import Choice, Result, TokenEvent, TokenLogprob, Usage
-from jobs import audit, commands, keys, scripting
+from jobs import audit, commands, keys
 from jobs.job import FINAL, JobState
-from jobs.logs import read_log
 from jobs.outbox import Callback
-from jobs.runner import _words
 from jobs.scripting import Command
 from jobs.store import ClaimedJob, LoggedEvent, Publication, Store
-from tests.jobs_world import CARD, OTHER, born
+from tests.jobs_world import born
+from tests.model_house import CARDS, judge_counts, judge_positions, judge_wakes, judge_workers
 from tests.model_judge import IDS, View, judge_answer, judge_change, judge_job, judge_ours
+from tests.model_look import Eye, House
 
 S = JobState
-#: Two compute alike, one otherwise: what it may go on with, a job's resume policy and its readers decide.
-CARDS = {"w": CARD, "v": CARD, "u": dataclasses.replace(CARD, dtype="bfloat16"), "o": OTHER}
 JOBS = 12  #: at a time
-#: Everything about jobs and workers that no answer tells. ARGV: ids.
-LOOK = """
-local call, jobs, held, callbacks = redis.call, {}, {}, {}
-for i, id in ipairs(ARGV) do
-  jobs[i] = {call('HGETALL', K.job .. id), call('TTL', K.job .. id) < 0 and 1 or 0}
-end
-for _, key in ipairs(call('KEYS', K.held .. '*')) do held[#held + 1] = {key, call('SMEMBERS', key)} end
-for _, key in ipairs(call('KEYS', K.callback .. '*')) do
-  callbacks[#callbacks + 1] = {key, call('HGETALL', key), call('TTL', key) < 0 and 0 or 1}
-end
-return {jobs, call('SMEMBERS', K.queues), call('ZRANGE', K.leases, 0, -1), call('ZRANGE', K.marks, 0, -1),
-  call('KEYS', K.card .. '*'), held, callbacks, call('ZRANGE', K.outbox, 0, -1)}
-"""
+SETTINGS: Mapping[str, Any] = {
+    "durability": "memory",
+    "lease_seconds": 60.0,
+    "grace_seconds": 60.0,
+}  #: of a walk's store
 
 
 class World:
@@ -62,18 +51,18 @@ class World:
         self.told: set[str] = set()  #: every callback there ever was
         self.made = 0
         self.by_rq: set[str] = set()  #: ids that stock RQ moved, and nobody has looked at since
+        self.unjudged: set[str] = set()  #: ids that were such when they last looked otherwise than before
         self.touched: set[str] = set()  #: ids that stock RQ ever moved
         self.pushed: set[str] = set()  #: ids that may be in a list once more, by stock RQ's doing
         self.acts: Counter[str] = Counter()
         self.views: dict[str, View] = {}
         self.small = seed % 2 == 1  #: one call of a script does little, and is to be called again
-        self._seen: dict[str, tuple[Any, View]] = {}
-        self._lists = sorted(audit.queue_lists(store.connection))
-        self._look = self.client.register_script(f"local K={scripting._table(keys.table())} {LOOK}")
-        self.client.script_load(self._look.script)
         store._runner.load()
+        self._eye = Eye(store)
+        self.credit = 0  #: ended jobs that are counted for the speed, and never were
         for name, card in CARDS.items():
             born(store, name, card=card)
+        self._judged: tuple[House, dict[str, View]] = (self._eye.look(())[1], {})
 
     # -- what acts are made of
 
@@ -98,6 +87,12 @@ class World:
             each.add(job_id)
         self.shown.pop(job_id, None)
 
+    def seen(self, job_id: str) -> View:
+        """The job as it was when the last act had ended."""
+        if job_id not in self.views:
+            raise JobNotFound(job_id)
+        return self.views[job_id]
+
     def look(self, job_id: str) -> View:
         """The job as it is now; ``Store.get`` would mend what stock RQ left behind."""
         found = self.look_at([job_id])
@@ -106,10 +101,13 @@ class World:
         return found[job_id]
 
     def look_at(self, job_ids: Sequence[str]) -> dict[str, View]:
-        return self._take(job_ids)[0]
+        return self._eye.look(job_ids)[0]
 
-    def lists(self) -> dict[str, list[str]]:
-        return {key: [each.decode() for each in self.client.lrange(key, 0, -1)] for key in self._lists}
+    def lists(self) -> Mapping[str, Sequence[str]]:
+        return self.house().lists
+
+    def house(self) -> House:
+        return self._eye.look(())[1]
 
     def speech(self, job: ClaimedJob, said: int, first: int, number: int) -> Publication:
         """So many events more, of several choices, some with two tokens or none, some with log-probabilities."""
@@ -125,55 +123,37 @@ class World:
 
     # -- looking
 
-    def check(self, act: str, whole: bool) -> None:
-        """``whole``: also of what nobody remembers."""
+    def check(self, act: str, number: int) -> None:
+        """Judge what changed; now and then look after what stock RQ left behind, and for what nobody remembers."""
         from tests.model_hooks import judge_callbacks, read_records
 
-        for job_id in self.ids if whole else ():
+        for job_id in sorted(self.by_rq) if number % 16 == 0 else ():
             with contextlib.suppress(JobNotFound):
-                self.store.get(job_id)  # mends what stock RQ left behind: it knows nothing of index and log
-        self.by_rq -= set(self.ids) if whole else set()
-        before = self.views
-        self.views, (*house, callbacks, waiting) = self._take(self.ids)
+                self.store.get(job_id)  # mends it: RQ knows nothing of index and log
+            self.by_rq.discard(job_id)
+        old, before = self._judged
+        self.views, house = self._eye.look(self.ids)
         self.ids = [job_id for job_id in self.ids if job_id in self.views]
+        self._judged = house, dict(self.views)
         problems = [f"{job_id}: {each}" for job_id in self.ids for each in self._judge(before.get(job_id), job_id, act)]
-        problems += self._judge_house(*house)
-        waits = [name.decode() for name in waiting]
-        problems += judge_callbacks(before, self, act, read_records(callbacks), waits)
-        if whole:
+        problems += [*judge_workers(house, self.views, self.touched), *judge_wakes(house, self.views, self.touched)]
+        problems += judge_counts(old, house, before, self.views, self.touched, self.credit)
+        problems += judge_positions(old, house, before, self.views) if act != "forget" else ()
+        problems += judge_callbacks(before, self, act, read_records(house.callbacks), house.outbox)
+        self.credit = 0
+        if number % 64 == 0:
             found = (each.split(": ", 1) for each in audit.audit(self.client))
             problems += [f"{job_id}: {each}" for job_id, each in found if not self._left_by_rq(job_id, each)]
         assert problems == [], problems
 
-    def _take(self, ids: Sequence[str]) -> tuple[dict[str, View], Any]:
-        """Views of jobs at one moment; the log and the answer of a poll only of those that do not look as they did."""
-        examine = Command("examine", [len(self._lists), *self._lists, *ids], list)
-        with self.client.pipeline() as pipeline:
-            pipeline.execute_command("EVALSHA", self._look.sha, 0, *ids)
-            pipeline.execute_command(*_words(examine, 86_400))
-            (jobs, queues, *house), facts = pipeline.execute()
-        lists = sorted({keys.SUSPECTS, keys.URGENT, keys.READY, keys.LOW, *(key.decode() for key in queues)})
-        if lists != self._lists:  # one that nobody knew
-            self._lists = lists
-            return self._take(ids)
-        raw = {job_id: (jobs[i], facts[i]) for i, job_id in enumerate(ids) if jobs[i][0]}
-        fresh = [job_id for job_id in raw if self._seen.get(job_id, ((),))[0] != raw[job_id]]
-        reads = [each for job_id in fresh for each in (commands.get(job_id), commands.events(job_id, -1))]
-        answers = self.store._runner.answers(reads) if reads else []
-        for job_id, row, log in zip(fresh, answers[::2], answers[1::2], strict=True):
-            (fields, stays), fact = raw[job_id]
-            texts = {
-                name.decode(): value.decode(errors="replace")
-                for name, value in zip(fields[::2], fields[1::2], strict=True)
-            }
-            view = View(commands.get(job_id).decode(row).job, read_log(log), texts, bool(stays), audit._facts(fact))
-            self._seen[job_id] = raw[job_id], view
-        return {job_id: self._seen[job_id][1] for job_id in raw}, house
-
     def _judge(self, before: View | None, job_id: str, act: str) -> list[str]:
         view = self.views[job_id]
-        if view is before or job_id in self.by_rq:
+        if job_id in self.by_rq:
+            self.unjudged.add(job_id)
             return []
+        if view is before and job_id not in self.unjudged:
+            return []
+        self.unjudged.discard(job_id)
         if before and before.job.state in FINAL and view.job.state not in FINAL:
             self.shown.pop(job_id, None)  # another run
         found = [each for each in audit.judge(view.facts) if not self._left_by_rq(job_id, each)]
@@ -188,22 +168,6 @@ class World:
     def _left_by_rq(self, job_id: str, problem: str) -> bool:
         """Stock RQ may put an id into the queue twice: the second falls out when it is claimed."""
         return job_id in self.pushed and ", and is in [" in problem
-
-    def _judge_house(
-        self, leases: Iterable[bytes], marks: Iterable[bytes], cards: Iterable[bytes], held: Iterable[tuple[bytes, Any]]
-    ) -> Iterator[str]:
-        """Every worker lives between two acts, and holds what it runs."""
-        found = {name.decode() for name in leases}, {key.decode().removeprefix(keys.CARD) for key in cards}
-        if found != (set(CARDS), set(CARDS)) or marks:
-            yield f"leases {found[0]}, cards {found[1]}, marks {marks}"
-        for key, members in held:
-            for job_id, attempt in (member.decode().rsplit(":", 1) for member in members):
-                view = self.views.get(job_id)
-                runs = view and view.job.state is S.RUNNING and view.job.attempt == int(attempt)
-                if job_id not in self.touched and not (
-                    runs and key.decode() == f"{keys.HELD}{view and view.job.worker}"
-                ):
-                    yield f"{key!r} has attempt {attempt} of {job_id}"
 
 
 def answer_of(log: Sequence[LoggedEvent]) -> Result:
@@ -221,7 +185,7 @@ def walk(store: Store, seed: int, steps: int) -> World:
     with pytest.MonkeyPatch.context() as patch:
         if seed % 2 == 1:
             patch.setattr(commands, "SWEEP", 2)
-            patch.setattr(commands, "LOOKS", 4)
+            patch.setattr(commands, "LOOKS", 2)
         world = World(store, seed)
         _take_steps(world, steps)
     return world
@@ -238,7 +202,7 @@ def _take_steps(world: World, steps: int) -> None:
         try:
             with contextlib.suppress(JobConflict, JobNotFound, NoSuchJobError, InvalidJobOperation):
                 act(world)
-            world.check(act.__name__, number % 16 == 0)
+            world.check(act.__name__, number)
         except (AssertionError, HeadraceError, LookupError, TypeError, ValueError) as error:
             raise AssertionError(f"step {number} after {trail[-6:]}: {type(error).__name__} {error}") from error
 
@@ -248,3 +212,10 @@ def facts_of(world: World, job_id: str) -> Any:
     lists = audit.queue_lists(world.client)
     [(answer, _)] = world.store._runner.run(Command("examine", [len(lists), *lists, job_id], list))
     return json.loads(answer)
+
+
+def gone(world: World, job_id: str) -> None:
+    """Nothing is left of a job."""
+    _, _, places, index, *_ = facts_of(world, job_id)
+    left = [name for name in (keys.JOB, keys.RESULTS, keys.EVENTS) if world.client.exists(f"{name}{job_id}")]
+    assert (places, index, left) == ({}, {}, []), f"left of {job_id}"

@@ -7,115 +7,33 @@ import dataclasses
 import redis
 
 from core.errors import EngineError
-from core.request import Request
+from core.request import Choice
 from jobs import commands, keys
 from jobs.job import JobState, Resume
 from jobs.store import ClaimedJob, Outcome, Publication, Settlement
-from tests.jobs_world import ended, failed, list_of
+from tests.jobs_world import ended, failed
+from tests.model_house import CARDS
 from tests.model_judge import View
-from tests.model_walk import CARDS, World, answer_of
+from tests.model_walk import World, answer_of
 
 S = JobState
-
-
-def claim(world: World) -> None:
-    name, room, before = world.random.choice("wwvuuuo"), world.random.choice((0, 1, 2, 4)), world.lists()
-    card, mine = CARDS[name], world.held[name]
-    hold = _must_hold(world, name, before)
-    got = world.store.claim(name, card, room, len(mine))
-    assert room == 0 or hold in (None, got.hold), f"hold: {got.hold}"
-    if got.alone:
-        assert (len(got.jobs), len(mine), world.client.exists(keys.HOLD)) == (1, 0, 0)
-    assert len(got.jobs) <= room
-    assert not got.more or (world.small and len(got.jobs) < room)
-    for job in got.jobs:
-        view, last = world.look(job.id), world.views[job.id].job.attempt
-        assert (view.job.state, view.job.worker, view.job.attempt) == (S.RUNNING, name, job.attempt)
-        assert job.attempt == last + 1, f"{job.id}: claimed without raising the fence by one"
-        assert job.crashes < 2 or got.alone, f"{job.id}: a suspect beside others"
-        if not isinstance(job.request, Request):
-            assert view.fields["model"] == "nobody's", f"{job.id} of {view.fields.get('model')}: {job.request}"
-        else:
-            assert (view.fields["kind"], view.fields.get("model", "")) == (job.request.kind, job.request.model or "")
-            assert view.fields.get("model", "").lower() in ("", card.name), f"{job.id}: claimed by another model"
-            assert view.job.priority == job.request.priority
-        assert job.next_event == view.log[-1].number + 1
-        assert view.log[-1].fields["engine"]["dtype"] == card.dtype
-        assert not view.drawn or view.job.resume is Resume.ANY or view.fields["engine"] == card.identity
-        assert (job.deadline_in_seconds or 1) > 0, f"{job.id}: too late, and claimed"
-    routed = {*before[keys.READY]} & world.touched  # perhaps: to another class, or it was taken, and to another model
-    after = world.lists()
-    if len(got.jobs) < room and not (got.alone or got.hold or got.more or routed):
-        for key in (f"{keys.LIKE}{card.identity}", *(key for lists in _classes(card.name) for key in lists)):
-            assert not after.get(key), f"{name} left {after[key]} in {key}"
-    begun = {*before.get(f"{keys.LIKE}{card.identity}", ())}
-    if not got.alone:
-        _go_in_their_order(world, [job for job in got.jobs if job.id not in begun], after, card.name)
-    for ids in before.values():
-        places = [ids.index(job.id) for job in got.jobs if job.id in ids and job.id not in world.pushed]
-        assert places == sorted(places), f"{got.jobs} out of {ids}"
-    if world.chance(0.8):  # else the reply is lost, and the next beat tells
-        mine.update({job.id: job for job in got.jobs})
-
-
-def _classes(model: str) -> list[tuple[str, str]]:
-    """The lists of each class that a model's workers look into, the most urgent first."""
-    return [(f"{key}.{model}", key) for key in map(list_of, (-1, 0, 1))]
-
-
-def _go_in_their_order(world: World, jobs: list[ClaimedJob], left: dict[str, list[str]], model: str) -> None:
-    """Of so few jobs one at most is claimed while a more urgent one stays behind."""
-    for number, lists in enumerate(_classes(model)):
-        behind = {job_id for key in lists for job_id in left.get(key, ())} - world.pushed
-        less = [list_of(priority) for priority in (0, 1)][number:]
-        early = [job.id for job in jobs if list_of(world.look(job.id).job.priority) in less]
-        early = [job_id for job_id in early if job_id not in world.touched]  # stock RQ chose its list
-        assert not behind or len(early) <= 1, f"{early} before {behind}"
-
-
-def _must_hold(world: World, name: str, lists: dict[str, list[str]]) -> bool | None:
-    """Whether a busy worker is to empty itself for a suspect that has waited for two seconds; None: nobody knows."""
-    card, ages = CARDS[name], []
-    if not world.held[name] or world.client.get(keys.HOLD) not in (None, name.encode()):
-        return False
-    for key in (f"{keys.LIKE_SUSPECTS}{card.identity}", f"{keys.SUSPECTS}.{card.name}", keys.SUSPECTS):
-        view = world.views.get((lists.get(key) or [""])[0])
-        if view and view.job.state is S.QUEUED:
-            ages.append(world.client.time()[0] * 1000 - view.number("suspect_at"))
-    return True if any(age > 3_000 for age in ages) else False if all(age < 0 for age in ages) else None
-
-
-def suspend(world: World) -> None:
-    """``rq suspend`` holds, and then somebody without a lease asks."""
-    name = world.random.choice(list(CARDS))
-    held = {job.id: job.attempt for job in world.held[name].values()}
-    world.client.set(keys.SUSPENDED, 1)
-    try:
-        assert world.store.claim(name, CARDS[name], 4, 0).jobs == ()
-        assert world.store.renew(name, "busy", held, {}).suspended
-    finally:
-        world.client.delete(keys.SUSPENDED)
-    assert world.store.claim("nobody", CARDS[name], 4, 0).jobs == (), "without a lease"
-
-
-def suspects_wait(world: World) -> None:
-    for key, ids in world.lists().items():
-        for job_id in ids if key.startswith(keys.SUSPECTS) else ():
-            if job_id in world.ids and world.views[job_id].job.state is S.QUEUED:
-                world.client.hset(f"{keys.JOB}{job_id}", "suspect_at", 1)
 
 
 def publish(world: World) -> None:
     if (found := world.any_held()) is None:
         return
     name, job = found
-    view = world.look(job.id)
+    view = world.seen(job.id)
     first = view.log[-1].number + 1 if view.log and view.job.attempt == job.attempt else job.next_event
     said = world.speech(job, view.number("tokens"), first, world.random.randint(1, 3))
     settled = view.fields.get("settled") == str(job.attempt)
     ours = view.job.attempt == job.attempt and view.job.state in (S.RUNNING, S.QUEUED)
     if ours and not settled and world.chance(0.1):
         assert _leaves_a_hole(world, dataclasses.replace(said, first=first + 3))
+    if ours and view.job.state is S.RUNNING and world.chance(0.1):
+        born, model = int(view.kept.born), view.job.model or ""
+        adoption = commands.adopt(job, view.job.kind, model, view.job.priority, born, route=False)
+        assert world.store._runner.run(adoption) == 1, f"{job.id}: not adopted by its own"
     for _ in range(world.random.choice((1, 1, 2))):
         reported = world.store.report([said], [])
         assert (job.id in reported.refused) != (ours or (settled and view.job.attempt == job.attempt))
@@ -149,22 +67,31 @@ def settle(world: World) -> None:
 
 def end(world: World, job: ClaimedJob) -> None:
     """Settle, perhaps several times; refused unless the attempt is the job's, and then exactly as it was said."""
-    pick, view = world.random, world.look(job.id)
+    pick, view = world.random, world.seen(job.id)
     outcome = pick.choice([Outcome.SUCCEEDED, *Outcome])
     if view.number("retries_left") and world.chance(0.6):
         outcome = Outcome.FAILED
-    error = pick.choice([None, EngineError("again")])
-    log = list(view.log) if world.chance(0.7) else []
-    settlement = failed(job, error) if outcome is Outcome.FAILED else ended(job, outcome, answer_of(log))
+    error = pick.choice([None, EngineError("again"), EngineError("again")])
+    log, whole = list(view.log), world.chance(0.7)
+    answer = answer_of(log if whole else [])
+    if view.job.resume is Resume.ANY and whole and world.chance(0.5):  # as long, and not what was published
+        answer = dataclasses.replace(answer, choices=tuple(map(_in_other_words, answer.choices)))
+    settlement = failed(job, error) if outcome is Outcome.FAILED else ended(job, outcome, answer)
     same, state = view.job.attempt == job.attempt, view.job.state
     settled = same and view.fields.get("settled") == str(job.attempt)
     counts = same and not settled and (state is S.RUNNING or (state is S.QUEUED and outcome is Outcome.SUCCEEDED))
     if counts and world.chance(0.1):  # the server lost the script that was to publish its last words
         early = commands.settle(settlement, view.number("events") + 1)
         assert world.store._runner.run(early) == commands.TOO_EARLY
-    for _ in range(pick.choice((1, 2, 3))):
-        refused = job.id in world.store.report([], [settlement]).refused
+    worker, told = view.job.worker or "", _told_to_rq(world, view.job.worker)
+    dependents = counts and world.client.exists(f"{keys.JOB}{job.id}:dependents")
+    for number in range(pick.choice((1, 2, 3))):
+        reported = world.store.report([], [settlement])
+        refused = job.id in reported.refused
         assert refused != (counts or settled), f"{outcome} of {job.id} refused: {refused}"
+        assert number or view.number("retries_left") or bool(reported.with_dependents) == bool(dependents)
+    if job.id not in world.touched:
+        _judge_told(told, _told_to_rq(world, worker), outcome if counts and worker else None)
     after = world.look(job.id)
     if not counts:
         assert after.job.state is state or job.id in world.by_rq, f"{job.id}: {state}, {after.job.state} for nothing"
@@ -173,11 +100,44 @@ def end(world: World, job: ClaimedJob) -> None:
         assert after.fields["status"] == ("queued" if view.number("retries_left") == 2 else "scheduled")
         assert after.facts.places >= {"scheduled"} or stands_where_it_should(world, after)
     else:
-        _judge_end(after, view, settlement)
+        _judge_end(world, after, view, settlement)
 
 
-def _judge_end(after: View, view: View, settlement: Settlement) -> None:
-    outcome = settlement.outcome
+def _in_other_words(choice: Choice) -> Choice:
+    return dataclasses.replace(choice, text=choice.text.replace("1", "2"))
+
+
+def _told_to_rq(world: World, worker: str | None) -> tuple[int, int, float] | None:
+    """What RQ's pages say of a worker, if RQ knows it: jobs done, failed, and seconds of work."""
+    key = f"{keys.RQ_WORKER}{worker or ''}"
+    names = ("successful_job_count", "failed_job_count", "total_working_time")
+    done, broken, seconds = (float(number or 0) for number in world.client.hmget(key, names))
+    return (int(done), int(broken), seconds) if world.client.exists(key) else None
+
+
+def _judge_told(
+    before: tuple[int, int, float] | None, after: tuple[int, int, float] | None, outcome: Outcome | None
+) -> None:
+    assert (before is None) == (after is None), "RQ knows a worker that never told it its name"
+    if before and after:
+        done, broken = int(outcome is Outcome.SUCCEEDED), int(outcome not in (None, Outcome.SUCCEEDED))
+        assert (after[0] - before[0], after[1] - before[1]) == (done, broken), f"{outcome}: {before}, {after}"
+        assert (0 < after[2] - before[2] < 1_000) if outcome else after[2] == before[2], f"{outcome}: {before}, {after}"
+
+
+def _judge_end(world: World, after: View, view: View, settlement: Settlement) -> None:
+    outcome, status, kept = settlement.outcome, after.fields["status"], after.kept
+    [(_, entry)] = world.client.xrevrange(f"{keys.RESULTS}{after.job.id}", count=1)
+    assert entry[b"type"] == {"finished": b"1", "failed": b"2"}.get(status, b"3"), f"{status}, for RQ {entry[b'type']}"
+    registry = {"finished": keys.FINISHED, "failed": keys.FAILED, "stopped": keys.FAILED, "canceled": keys.CANCELED}
+    until = 0 if status == "canceled" else after.keep_seconds
+    score = world.client.zscore(registry[status], after.job.id)
+    assert score == float("inf") if until < 0 else abs(score - (after.job.finished_at or 0) - until) < 3
+    if not world.client.sismember(keys.UNPACKED, after.job.id):
+        assert 0 < kept.events_ms <= 2_000 or kept.seen_at - 1_000 * (after.job.finished_at or 0) > 1_000, (
+            "nobody wakes"
+        )
+    assert after.fields.get("ticket") != "0"
     assert after.job.state == outcome.value, f"{outcome}, and is {after.job.state}"
     assert (after.fields["status"] == "stopped") == (outcome is Outcome.CANCELLED and not view.job.cancel_requested)
     assert after.job.attempt == settlement.attempt
@@ -187,6 +147,10 @@ def _judge_end(after: View, view: View, settlement: Settlement) -> None:
     assert settlement.result is not None
     found, said = after.job.result or {}, settlement.result.to_wire()
     assert [each["text"] for each in found["choices"]] == [each["text"] for each in said["choices"]]
+    whole = settlement.result.choices == answer_of(view.log).choices
+    if outcome is Outcome.SUCCEEDED and whole and after.job.resume is not Resume.ANY and view.drawn:
+        log = world.client.hget(f"{keys.JOB}{after.job.id}", "log")
+        assert log[:1] == b"R", "the texts are kept twice"
 
 
 def zombie(world: World) -> None:
@@ -197,7 +161,7 @@ def zombie(world: World) -> None:
     reaped = [job for job in world.zombies if world.views[job.id].job.state is S.QUEUED]
     job = world.random.choice(reaped if reaped and world.chance(0.3) else world.zombies)
     what = world.random.choice(["release", "publish", "publish", "adopt", "end", "end"])
-    view = world.look(job.id)
+    view = world.seen(job.id)
     lost = view.job.attempt != job.attempt or view.job.state is not S.RUNNING
     if what == "end":
         end(world, job)
@@ -226,8 +190,11 @@ def release(world: World) -> None:
 
 
 def release_now(world: World, job: ClaimedJob) -> None:
-    view = world.look(job.id)
-    world.store.release([(job.id, job.attempt)] * world.random.choice((1, 2)))
+    view = world.seen(job.id)
+    ours = view.job.attempt == job.attempt and view.job.state is S.RUNNING
+    assert world.store._runner.run(commands.release(job.id, job.attempt)) == ours, f"{job.id}: released, {ours}"
+    if world.chance(0.5):
+        world.store.release([(job.id, job.attempt)])
     after = world.look(job.id)
     if view.job.attempt != job.attempt or view.job.state is not S.RUNNING:
         assert after.job.state is view.job.state or job.id in world.by_rq, f"{job.id}: released by another"
@@ -245,7 +212,10 @@ def renew(world: World) -> None:
     name = world.random.choice(list(CARDS))
     if world.held[name] and world.chance(0.3):
         world.zombies.append(world.held[name].popitem()[1])  # it forgot one
-    held = {job.id: job.attempt for job in world.held[name].values()}
+    held = {job.id: job.attempt for job in world.held[name].values()} | ({"ghost": 1} if world.chance(0.2) else {})
+    if world.zombies and world.chance(0.5):
+        old = world.random.choice(world.zombies)  # it never heard that it lost this one
+        held.setdefault(old.id, old.attempt)
     views = {job_id: world.views.get(job_id) for job_id in held}
     beat = world.store.renew(name, "busy", held, {})
     ours = {
@@ -256,7 +226,8 @@ def renew(world: World) -> None:
     assert set(beat.cancels) == {job_id for job_id, view in ours.items() if view.job.cancel_requested}
     assert not beat.suspended
     for job_id in beat.lost:
-        world.zombies.append(world.held[name].pop(job_id))
+        if job_id in world.held[name]:
+            world.zombies.append(world.held[name].pop(job_id))
     [card] = [card for card in world.store.workers() if card.name == name]
     assert (card.state, card.running, card.host) == ("busy", len(held), "h")
     running = {

@@ -11,6 +11,8 @@ import redis
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from rq import Queue
+from rq.serializers import JSONSerializer
 
 from core.request import Choice, Request, Result, SamplingParams, TokenEvent, TokenLogprob, Usage
 from jobs import keys
@@ -150,6 +152,18 @@ def test_a_long_log_is_packed_in_bounded_pieces_and_readable_meanwhile(
     assert audit(valkey) == []
 
 
+def test_a_token_takes_two_bytes_of_a_packed_log(store: Store, valkey: redis.Redis) -> None:
+    sizes = []
+    for job_id, tokens in (("a", 10), ("b", 11)):
+        add(store, job_id)
+        [job] = take(store)
+        store.report([say(job, *[1] * tokens)], [])
+        succeed(store, job, result("w1 " * tokens))
+        sizes.append(valkey.hstrlen(f"{keys.JOB}{job_id}", "log"))
+
+    assert sizes[1] - sizes[0] == 2  # its length and what it is, and its id
+
+
 def test_a_log_that_ends_while_it_is_long_is_forgotten_whole(store: Store, valkey: redis.Redis) -> None:
     add(store, "a")
     [job] = take(store)
@@ -171,6 +185,41 @@ def test_a_job_whose_result_is_kept_for_no_time_can_be_read_to_its_end(store: St
 
     assert types(store.events("a")) == "sttf"
     assert 0 < valkey.ttl(f"{keys.EVENTS}a") <= 60
+    assert valkey.zscore(keys.RETENTION, "a") is None
+    assert audit(valkey) == []
+
+
+@pytest.mark.parametrize("by_rq", [False, True])
+def test_a_job_may_take_the_name_of_one_that_is_just_forgotten(store: Store, valkey: redis.Redis, by_rq: bool) -> None:
+    add(store, "a")
+    valkey.hset(f"{keys.JOB}a", "result_ttl", 0)
+    [job] = take(store)
+    store.report([say(job, 1, 2)], [])
+    succeed(store, job, result("w1 w2 ", 1, 2))
+    if by_rq:
+        queue = Queue("generate", connection=valkey, serializer=JSONSerializer)
+        queue.enqueue("headrace.generate", {"input": {"prompt": "Once"}}, job_id="a")
+    else:
+        add(store, "a")
+        assert types(store.events("a")) == ""
+    [again] = take(store)
+    store.report([say(again, 3)], [])
+
+    assert types(store.events("a")) == "st"
+    assert audit(valkey) == []
+
+
+def test_a_job_with_the_name_of_a_long_one_that_was_deleted_keeps_its_log(store: Store, valkey: redis.Redis) -> None:
+    add(store, "a")
+    [job] = take(store)
+    publish(store, job, [TokenEvent(job_id="a", text="x", token_ids=(1,))] * 5_000)
+    store.report([], [failed(job)])
+    store.delete("a")
+    add(store, "a")
+    take(store)
+    store.expire()
+
+    assert types(store.events("a")) == "s"
     assert audit(valkey) == []
 
 

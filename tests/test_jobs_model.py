@@ -1,6 +1,7 @@
 """A seeded random walk over everything that can happen to jobs, judged at each step, and mutants that it must find.
 
-``tests.model_walk`` has what must hold, ``tests.model_acts`` the acts; ``benchmarks.mutants`` breaks every line.
+``tests.model_walk`` takes the steps, ``tests.model_acts`` has the acts, ``tests.model_judge`` and ``tests.model_house``
+what must hold after each; ``benchmarks.mutants`` breaks every line.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jobs.store import Store
 from tests.conftest import start_valkey
 from tests.jobs_world import settings
 from tests.model_acts import ACTS
-from tests.model_walk import walk
+from tests.model_walk import SETTINGS, walk
 
 STEPS = int(os.environ.get("HEADRACE_MODEL_STEPS", "5000"))
 SEED = int(os.environ.get("HEADRACE_MODEL_SEED", "0"))
@@ -42,7 +43,7 @@ def quick_url() -> Iterator[str]:
 
 @pytest.fixture
 def store(quick_url: str) -> Iterator[Store]:
-    store = Store(settings(quick_url, durability="memory"))
+    store = Store(settings(quick_url, **SETTINGS))
     store.connection.flushall()
     yield store
     store.close()
@@ -135,6 +136,13 @@ MUTANTS = {
     "packing small numbers only": Mutant("lib/log", "number = math.floor(number / 128)", "number = 0"),
     "letting go of what is to be delivered": Mutant("lib/outbox", "'state') ~= 'pending' then", "'state') then"),
     "requeueing what was cancelled": Mutant("lib/moves", "if job.cancel_requested then return", "if false then return"),
+    "waiting for its like twice": Mutant("lib/moves", "if job.waiting_for == job.engine then return end", ""),
+    "waiting for its like without an end": Mutant("lib/moves", "  call('ZADD', K.waits, NOW + patience, id)\n", ""),
+    "waiting for it knows not whom": Mutant("lib/moves", "call('HSET', K.job .. id, 'waiting_for', job.engine)", ""),
+    "waiting for its like and not waking it": Mutant("lib/moves", "  wake(K.wake .. '.' .. job.engine)\n", ""),
+    "a suspect that waits beside others": Mutant(
+        "lib/moves", "(job.crashes >= 2 and K.like_suspects or K.like)", "(K.like)"
+    ),
     "handing back to another class": Mutant("lib/moves", "CLASSES[job.class].list", "K.ready"),
     "ending twice": Mutant("lib/moves", "if job.closed or not is_final", "if not is_final"),
     "leaving an execution behind": Mutant("lib/moves", "  call('ZREM', K.wip, member)\n", ""),

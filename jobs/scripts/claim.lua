@@ -26,6 +26,7 @@ local function take(id, job)
   local attempt = call('HINCRBY', key, 'attempt', 1)
   local member = id .. ':' .. attempt
   if job.tokens == 0 then call('HSET', key, 'engine', identity) end
+  if job.events == 0 then call('DEL', K.events .. id) end -- as at a submission: stock RQ may have put it in
   log(id, job, 'a', attempt, 'e', engine)
   move(id, job, 'running')
   call('HDEL', key, 'cancel_requested', 'suspect_at', 'waiting_for')
@@ -63,9 +64,9 @@ local function pop(list, trusted, class)
       expire(id, job)
     elseif job and not trusted and job.crashes >= 2 then
       pass(id, job)
-      requeue(id, job, 'suspects')
+      if not job.waiting_for then requeue(id, job, 'suspects') end -- else RQ queued it twice, and it waits elsewhere
     elseif job and not (is_ours(job) and job.class == (class or job.class)) then
-      requeue(id, job, 'back')
+      if not job.waiting_for or list == like_list(job) then requeue(id, job, 'back') end
     elseif job and not may_resume(id, job) then
       wait_for_like(id, job, patience)
     elseif job then

@@ -39,7 +39,6 @@ for _, id in ipairs(old) do
       for _, state in ipairs(STATES) do call('ZREM', K.index .. kind .. ':' .. state, id) end
     end
     call('DEL', K.events .. id)
-    call('SREM', K.unpacked, id)
     done = done + 1
   end
 end

@@ -58,7 +58,6 @@ if job.state == 'queued' then
     return 'left it in the one place it waits in'
   end
   leave_lists()
-  call('HDEL', K.job .. id, 'waiting_for')
   for _, key in ipairs({K.waits, K.scheduled, K.deferred}) do call('ZREM', key, id) end
   put_back(id, job)
   return 'put it at the front of the queue, once'

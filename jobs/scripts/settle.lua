@@ -20,7 +20,7 @@ if job.status ~= 'started' and not late then
 end
 if job.events < wanted then return -1 end
 local key, member = K.job .. id, id .. ':' .. attempt
-local worker = call('HGET', K.execution .. member, 'worker_name') or job.worker_name
+local worker = job.worker_name
 local began = call('HGET', K.execution .. member, 'created_at')
 drop(id, attempt, worker)
 call('HSET', key, 'settled', attempt)

@@ -23,6 +23,7 @@ if ARGV[8] == '1' and deadline then
   if speed > 0 and ahead / speed * 1000 > deadline then return {-3, math.ceil(ahead / speed)} end
 end
 local at = stamp()
+call('DEL', K.events .. id) -- a forgotten job of that name was still read
 call('HSET', K.job .. id, 'status', 'queued', 'data', data, 'kind', kind, 'place', 'queued', 'created_at', at,
   'enqueued_at', at, 'ticket', call('INCR', class.tickets), unpack(ARGV, 11))
 if model ~= '' then call('HSET', K.job .. id, 'model', model) end

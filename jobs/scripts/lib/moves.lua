@@ -34,6 +34,7 @@ local function unlist(id)
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)
   call('ZREM', K.dead, id)
+  call('SREM', K.unpacked, id)
 end
 
 -- Remove every trace of a job. Its log stays a minute for those who read it now.
@@ -75,7 +76,6 @@ end
 -- this to whoever meets the job first: its mark is a job that waits and is `closed`.
 local function reopen(id, job)
   call('DEL', K.events .. id)
-  call('SREM', K.unpacked, id)
   call('HDEL', K.job .. id, 'reason', 'error', 'expires_at', 'closed', 'first_token_at', 'cancel_requested', 'read', 'log')
   call('HSET', K.job .. id, 'tokens', 0, 'text_bytes', 0)
   call('PERSIST', K.job .. id)
@@ -139,12 +139,14 @@ local function note_end(id, job)
   log(id, job, 'f', 1)
   move(id, job, job.state)
   call('HSET', K.job .. id, 'closed', 1, 'events', job.events, 'place', job.state)
-  call('HDEL', K.job .. id, 'cancel_requested')
+  call('HDEL', K.job .. id, 'cancel_requested', 'waiting_for')
   if not job.ended_at or job.ended_at == '' then call('HSET', K.job .. id, 'ended_at', stamp()) end
   call('ZREM', K.deadlines, id)
+  call('ZREM', K.waits, id)
   call_back(id, job)
   pack_log(id, true)
-  if call('TTL', K.job .. id) < 0 then retain(id, job, math.max(keep(job), 1)) end
+  local seconds = keep(job)
+  if call('TTL', K.job .. id) < 0 then retain(id, job, seconds == 0 and 1 or seconds) end
 end
 
 -- Where a job waits for the like of its engine; a suspect among suspects, or whoever claims it would send it back.
