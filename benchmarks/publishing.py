@@ -92,7 +92,7 @@ def run(store: Store, items: Sequence[Item]) -> dict[str, float]:
 def submit(store: Store, item: Item) -> str:
     params = SamplingParams(max_tokens=item.answer_tokens, ignore_eos=True)
     job_id = f"job_{next(numbers):032x}"
-    store.submit(NewJob(id=job_id, request=Request(token_ids=item.token_ids, params=params)))
+    store.submit(NewJob(id=job_id, request=Request(token_ids=item.token_ids, params=params, cache_salt=job_id)))
     return job_id
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     """Measure each dtype, and print one line for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="alias, folder or hub name")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["bfloat16", "float32", "int8"])
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--cuts", type=int, default=4, help="places at which each answer is taken up")
     arguments = parser.parse_args()

@@ -6,6 +6,7 @@ Each takes the workload and answers with the seconds it took and the answer toke
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import os
 import socket
 import subprocess
@@ -44,15 +45,17 @@ class BareEngine:
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
         config = EngineConfig(model=str(folder), dtype=dtype, threads=threads, max_running=RUNNING)
         self._engine = Engine.load(config)
+        self._rounds = itertools.count()
 
     def run(self, items: Sequence[Item]) -> Run:
         engine, waiting, done = self._engine, list(enumerate(items)), 0
+        salt = f"round-{next(self._rounds)}"  # no prompt is known from the round before
         start = time.perf_counter()
         while done < len(items):
             while waiting and engine.room:
                 number, item = waiting.pop(0)
                 params = SamplingParams(max_tokens=item.answer_tokens, ignore_eos=True)
-                engine.add(f"bench-{number}", Request(token_ids=item.token_ids, params=params))
+                engine.add(f"bench-{number}", Request(token_ids=item.token_ids, params=params, cache_salt=salt))
             done += sum(isinstance(event, FinishedEvent) for event in engine.step())
         return Run(seconds=time.perf_counter() - start, tokens=sum(item.answer_tokens for item in items))
 
@@ -85,13 +88,15 @@ class WholeSystem:
         self._log = (data_dir / "bench-up.log").open("wb")
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env={**os.environ})
         self._url = f"http://127.0.0.1:{port}"
+        self._rounds = itertools.count()
         self._await(lambda: httpx2.get(f"{self._url}/ready", timeout=2).status_code == 200, seconds=180)
 
     def run(self, items: Sequence[Item]) -> Run:
         with httpx2.Client(base_url=self._url, timeout=300, limits=httpx2.Limits(max_connections=len(items))) as client:
             start = time.perf_counter()
+            salt = f"round-{next(self._rounds)}"
             with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
-                tokens = list(pool.map(lambda item: self._one(client, item), items))
+                tokens = list(pool.map(lambda item: self._one(client, item, salt), items))
             return Run(seconds=time.perf_counter() - start, tokens=sum(tokens))
 
     def counters(self) -> dict[str, float]:
@@ -105,10 +110,11 @@ class WholeSystem:
         self._process.wait(60)
         self._log.close()
 
-    def _one(self, client: httpx2.Client, item: Item) -> int:
+    def _one(self, client: httpx2.Client, item: Item, salt: str) -> int:
         body = {
             "kind": "generate",
             "input": {"prompt_token_ids": list(item.token_ids)},
+            "cache_salt": salt,
             "params": {"max_tokens": item.answer_tokens, "ignore_eos": True},
         }
         answer = client.post("/v1/jobs", json=body, headers={"Prefer": "wait=60"})

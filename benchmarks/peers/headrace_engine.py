@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,23 +22,26 @@ class HeadraceEngine:
         from core.engine import Engine, EngineConfig
 
         self._engine = Engine.load(EngineConfig(model=str(folder), dtype=dtype, threads=threads, max_running=running))
+        self._rounds = itertools.count()
         self.versions: Mapping[str, str] = {
             name: importlib.metadata.version(name) for name in ("headrace", "torch", "transformers")
         }
         self.settings: Mapping[str, Any] = {
             "weights": dtype,
             "cache": "bfloat16" if dtype == "int8" else dtype,
-            "options": f"max_running={running}, threads={threads}, the rest as it comes",
+            "options": f"max_running={running}, threads={threads}, a cache_salt each round, the rest as it comes",
         }
 
     def run(self, items: Sequence[stdio.Item]) -> list[list[int]]:
         engine, waiting = self._engine, list(enumerate(items))
         answers: dict[str, list[int]] = {}
+        salt = f"round-{next(self._rounds)}"  # no prompt is known from the round before
         while len(answers) < len(items):
             while waiting and engine.room:
                 number, item = waiting.pop(0)
                 params = SamplingParams(max_tokens=item.answer_tokens, ignore_eos=True)
-                engine.add(str(number), Request(token_ids=tuple(item.token_ids), params=params))
+                request = Request(token_ids=tuple(item.token_ids), params=params, cache_salt=salt)
+                engine.add(str(number), request)
             for event in engine.step():
                 if isinstance(event, FinishedEvent):
                     answers[event.job_id] = list(event.result.choices[0].token_ids)
