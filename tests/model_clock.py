@@ -17,7 +17,7 @@ def sweep(world: World) -> None:
     unpacked = client.scard(keys.UNPACKED)
     _, more = world.store._runner.run(commands.expire())
     least = [number - sum(due[:i]) for i, number in enumerate(due)]  # one that ends leaves the others, too
-    if max(least) >= commands.SWEEP or (unpacked and not due[2]):
+    if max(least) >= commands.SWEEP or (unpacked and not any(due)):
         assert more, f"{due} are due, {unpacked} are not packed, and that is all"
     assert not more or any(due) or unpacked, "there is more to do, and nothing is due"
     world.store.expire()
@@ -69,7 +69,7 @@ def promote(world: World) -> None:
     due = {job_id: world.views[job_id] for job_id in world.ids if world.views[job_id].fields["status"] == "scheduled"}
     for job_id in {*due, world.any_id() or "nobody", "ghost"}:  # RQ's scheduler may leave one behind
         world.client.zadd(keys.SCHEDULED, {job_id: 1})
-    full = world.client.zcard(keys.SCHEDULED) >= commands.SWEEP
+    full = world.client.zcount(keys.SCHEDULED, 0, 1) >= commands.SWEEP
     assert world.store._runner.run(commands.promote())[1] == full, "whether there is more to promote"
     world.store.promote()
     lists, views = world.lists(), world.look_at([*due])
