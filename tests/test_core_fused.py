@@ -149,9 +149,12 @@ def test_a_kernel_that_lies_is_not_used(tmp_path: Path, monkeypatch: pytest.Monk
     assert torch.equal(logits(model), expected)
 
 
-def test_without_kernels_nothing_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("found", [None, object()])
+def test_without_kernels_or_with_a_compiler_too_old_for_them_nothing_is_replaced(
+    found: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make("llama", tmp_path)
-    monkeypatch.setattr(products, "library", lambda: None)
+    monkeypatch.setattr(products, "library", lambda: found)
     model = load_model(tmp_path, name="tiny", dtype="bfloat16").model
     assert any(type(module) is nn.Linear for module in model.modules())
 

@@ -19,7 +19,7 @@ _log = logging.getLogger("headrace.core")
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.cpp")))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-pthread", "-fPIC", "-shared", "-Wno-psabi", "-Wno-ignored-attributes")
-PATIENCE = 120.0  #: seconds for the compiler; it takes about three
+PATIENCE = 120.0  #: seconds for the compiler; it takes about two
 
 
 @cache

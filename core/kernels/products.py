@@ -32,7 +32,8 @@ class Packed:
 
 def available() -> bool:
     """Our products can be used, and are the best here."""
-    return has_products() and library() is not None
+    found = library()
+    return has_products() and found is not None and hasattr(found, "product_bfloat16_bfloat16")  # old compilers lack it
 
 
 def pack(weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, eight_bits: bool = False) -> Packed:
