@@ -151,8 +151,7 @@ class Scheduler:
             budget: tokens of the step, at most.
         """
         self._slices, self._copies = {}, []
-        able = [sequence for sequence in self.running if self._follow(sequence)]
-        for sequence, tokens in shares(able, budget).items():
+        for sequence, tokens in shares(self._able(), budget).items():
             if sequence.running and self._reserve(sequence, sequence.computed + tokens):
                 self._slices[sequence] = Slice(sequence, sequence.computed, sequence.computed + tokens)
         return Step(tuple(self._slices.values()), tuple(self._copies))
@@ -172,6 +171,53 @@ class Scheduler:
         if not self._prefix_cache:
             return []
         return self._pool.find(sequence.digests(sequence.reusable // BLOCK_TOKENS))
+
+    def _able(self) -> list[Sequence]:
+        """Who can be computed, in order of admission: none whose next tokens somebody else is reading right now.
+
+        Of those that begin alike the one with the least to read goes on, so nobody waits for one that is served later.
+        """
+        begun: set[bytes] = set()
+        able = set()
+        for sequence in sorted(self.running, key=lambda sequence: sequence.pending):
+            if self._follow(sequence) and self._reads_alone(sequence, begun):
+                able.add(sequence)
+        return [sequence for sequence in self.running if sequence in able]
+
+    def _reads_alone(self, sequence: Sequence, begun: set[bytes]) -> bool:
+        """Whether nobody is reading the block that a prompt comes to next; known ones are taken over on the way.
+
+        Args:
+            begun: blocks being read; its own is added.
+        """
+        if not self._prefix_cache or sequence.pending < 2:
+            return True
+        while True:
+            number = sequence.computed // BLOCK_TOKENS
+            end = (number + 1) * BLOCK_TOKENS
+            if end > len(sequence.tokens):
+                return True
+            digest = sequence.digests(number + 1)[number]
+            found = self._pool.find([digest]) if end <= sequence.reusable else []
+            if not found:
+                break
+            self._take_over(sequence, number, found[0])
+        if digest in begun:
+            return end > sequence.reusable
+        begun.add(digest)
+        return True
+
+    def _take_over(self, sequence: Sequence, number: int, found: int) -> None:
+        """Let a block that somebody else has filled stand for one of its own."""
+        end = (number + 1) * BLOCK_TOKENS
+        self._pool.share([found])
+        self._pool.give(sequence.blocks[number : number + 1])
+        sequence.blocks[number : number + 1] = [found]
+        if sequence.cached == sequence.computed:  # it has read nothing itself
+            sequence.computed = end
+            self.stats.cached_tokens -= sequence.cached
+            self._count_cached(sequence)
+        sequence.computed = end
 
     def _follow(self, sequence: Sequence) -> bool:
         """Whether it can be computed; a further choice of a job takes over the prompt that the first one read."""

@@ -118,7 +118,8 @@ def test_those_that_decode_go_first_and_prompts_share_the_rest_in_order() -> Non
 
 def test_a_short_prompt_does_not_wait_for_a_long_one_nor_a_long_one_for_many_short_ones() -> None:
     scheduler = Scheduler(BlockPool(4096), max_running=8)
-    long, short, shorter = sequence_of("long", 900, 5), sequence_of("short", 30, 5), sequence_of("shorter", 10, 5)
+    long, short = sequence_of("long", 900, 5), sequence_of("short", 30, 5, token=2)
+    shorter = sequence_of("shorter", 10, 5)
     for sequence in (long, short, shorter):
         scheduler.add(sequence)
 
@@ -166,6 +167,35 @@ def test_a_text_that_begins_like_an_earlier_one_reads_only_the_rest() -> None:
     [piece] = read(scheduler).slices
 
     assert (piece.begin, piece.end, again.cached) == (32, 40, 32)
+
+
+def test_of_those_that_begin_alike_one_reads_and_the_others_take_over_what_it_has_read() -> None:
+    scheduler = Scheduler(BlockPool(4096), max_running=8)
+    alike = [sequence_of(name, 40, 5) for name in ("first", "second")]
+    longer = sequence_of("longer", 40, 5)
+    longer.tokens += [2] * 30
+    for sequence in (longer, *alike):
+        scheduler.add(sequence)
+
+    assert [(piece.sequence, piece.begin, piece.end) for piece in read(scheduler, 20).slices] == [(alike[0], 0, 20)]
+    steps = [[(piece.sequence, piece.begin, piece.end) for piece in read(scheduler, 60).slices] for _ in range(2)]
+
+    assert steps[0] == [(alike[0], 20, 40)]
+    assert steps[1] == [(alike[0], 40, 41), (longer, 32, 70), (alike[1], 32, 40)]
+    assert [sequence.cached for sequence in (longer, *alike)] == [32, 0, 32]
+    assert scheduler.stats.cached_tokens == 64
+    assert longer.blocks[:2] == alike[0].blocks[:2] == alike[1].blocks[:2]
+
+
+def test_nobody_waits_for_one_that_was_removed() -> None:
+    scheduler = Scheduler(BlockPool(4096), max_running=8)
+    first, second = sequence_of("first", 40, 5), sequence_of("second", 40, 5)
+    for sequence in (first, second):
+        scheduler.add(sequence)
+    read(scheduler, 20)
+    scheduler.remove(first)
+
+    assert [(piece.sequence, piece.begin, piece.end) for piece in read(scheduler).slices] == [(second, 16, 40)]
 
 
 def test_another_salt_shares_nothing() -> None:
