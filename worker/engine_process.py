@@ -80,7 +80,8 @@ def build(
     presence = Presence(card, store, rq, pulse or Pulse(), settings.beat_seconds)
     patiently(presence.arrive, stop)
     log.info("worker %s serves %s", name, engine.card.name)
-    return Worker(engine, store, presence, Upkeep(store, divide_cores(settings, store), settings.tick_seconds), stop)
+    upkeep = Upkeep(store, divide_cores(settings, store), settings.tick_seconds)
+    return Worker(engine, store, presence, upkeep, stop, settings.publish_seconds)
 
 
 def divide_cores(settings: WorkerSettings, store: Store) -> CoreShare:

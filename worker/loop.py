@@ -14,7 +14,7 @@ from core.errors import EngineChanged, HeadraceError, JobTimeout, StoreUnavailab
 from core.protocol import EngineProtocol
 from core.request import Emitted, Event, FinishedEvent, FinishReason, TokenEvent
 from jobs.store import ClaimedJob, Store
-from worker.outage import Outage
+from worker.outage import Every, Outage
 from worker.outbox import Outbox
 from worker.presence import Presence
 from worker.running import Gate, Running
@@ -35,6 +35,7 @@ class Worker:
         presence: Presence,
         upkeep: Upkeep,
         stop: Stop,
+        publish_seconds: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -45,6 +46,7 @@ class Worker:
         self._clock = clock
         self._running: dict[str, Running] = {}  # in the order of their claims
         self._outbox = Outbox()
+        self._report = Every(publish_seconds, clock)
         self._gate = Gate()
         self._outage = Outage(clock)
         self._more = False  # the last claim stopped before the queue's end
@@ -78,7 +80,7 @@ class Worker:
             self._renew()
             self._upkeep.do_if_due()
             self._claim()
-            self._outbox.send(self._store)  # last, for Redis writes it to its disk while the next step is computed
+            self._send_report()  # last, for Redis writes it to its disk while the next step is computed
         except StoreUnavailable as error:
             self._outage.begin(error)
             self._presence.hurry()  # a claim may have been done and its reply lost: the next beat tells
@@ -88,6 +90,11 @@ class Worker:
     def _hear_report(self) -> None:
         reported = self._outbox.hear()
         self._hear(reported.refused, reported.cancels)
+
+    def _send_report(self) -> None:
+        """Say what happened, if it is time: short steps share a report, while there is more to compute."""
+        if self._outbox and (not self._running or self._report.due()):
+            self._outbox.send(self._store)
 
     def _renew(self) -> None:
         """Renew the lease when it is time, and hear what became of our jobs."""

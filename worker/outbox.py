@@ -1,14 +1,15 @@
 """What happened to jobs and is not yet confirmed by Redis: kept in order, through any outage.
 
 A report is sent after a step and its answer read after the next one, so that Redis writes to its disk while the engine
-computes. What was sent stays here until then.
+computes. What was sent stays here until then. The tokens of several steps that go in one report are one event a choice.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.errors import EngineError, HeadraceError
@@ -28,14 +29,22 @@ OUTCOMES: Mapping[FinishReason, Outcome] = {
 
 @dataclass(slots=True, eq=False)
 class Unpublished:
-    """The consecutive events of one attempt that Redis has not confirmed."""
+    """The consecutive events of one attempt that Redis has not confirmed.
+
+    Invariant: an event that was sent has its number for ever, as Redis may have it.
+    """
 
     running: Running
     first: int  #: number of the first of them
-    events: list[TokenEvent] = field(default_factory=list)
+    events: list[TokenEvent] = field(default_factory=list)  #: sent, each as it will be in the log
+    fresh: list[TokenEvent] = field(default_factory=list)  #: after them, as they came from the engine
 
     def publication(self) -> Publication:
+        """All that is to be sent."""
         running = self.running
+        self.events += merge(self.fresh)
+        self.fresh = []
+        running.next_event = self.first + len(self.events)
         return Publication(job_id=running.job_id, attempt=running.attempt, first=self.first, events=[*self.events])
 
     def confirm(self, count: int) -> None:
@@ -43,6 +52,29 @@ class Unpublished:
         self.running.published += sum(len(event.token_ids) for event in self.events[:count])
         del self.events[:count]
         self.first += count
+
+
+def merge(events: Sequence[TokenEvent]) -> list[TokenEvent]:
+    """The same tokens with one event a choice, in the order of their first."""
+    if len(events) < 2:
+        return [*events]
+    choices: dict[int, list[TokenEvent]] = {}
+    for event in events:
+        choices.setdefault(event.index, []).append(event)
+    return [_join(each) if len(each) > 1 else each[0] for each in choices.values()]
+
+
+def _join(events: Sequence[TokenEvent]) -> TokenEvent:
+    """Several events of one choice as one."""
+    chain = itertools.chain.from_iterable
+    scored = [event.logprobs for event in events if event.logprobs is not None]
+    return TokenEvent(
+        job_id=events[0].job_id,
+        index=events[0].index,
+        text="".join(event.text for event in events),
+        token_ids=tuple(chain(event.token_ids for event in events)),
+        logprobs=tuple(chain(scored)) if scored else None,
+    )
 
 
 class Outbox:
@@ -65,8 +97,7 @@ class Outbox:
         """Take the next token event of a job."""
         if running.job_id not in self._unpublished:
             self._unpublished[running.job_id] = Unpublished(running, running.next_event)
-        self._unpublished[running.job_id].events.append(event)
-        running.next_event += 1
+        self._unpublished[running.job_id].fresh.append(event)
 
     def finish(self, running: Running, result: Result) -> None:
         """Take the result of a job; how it ended is in its choices, or was asked for before there was one."""
@@ -103,10 +134,10 @@ class Outbox:
             StoreUnavailable: everything stays, for the next time.
         """
         if self:
+            publications = [each.publication() for each in self._unpublished.values()]
             counts = [(each, len(each.events)) for each in self._unpublished.values()]
             settlements = list(self._settlements.values())
-            answer = store.begin_report([each.publication() for each, _ in counts], settlements)
-            self._sent = Sent(counts, settlements, answer)
+            self._sent = Sent(counts, settlements, store.begin_report(publications, settlements))
 
     def hear(self) -> Reported:
         """What became of what was sent.
@@ -120,7 +151,7 @@ class Outbox:
         reported = sent.answer()
         for each, count in sent.counts:
             each.confirm(count)
-        self._unpublished = {job_id: each for job_id, each in self._unpublished.items() if each.events}
+        self._unpublished = {job_id: each for job_id, each in self._unpublished.items() if each.events or each.fresh}
         done = {id(settlement) for settlement in sent.settlements}
         self._settlements = {job_id: each for job_id, each in self._settlements.items() if id(each) not in done}
         return reported

@@ -19,7 +19,7 @@ MODEL_SETTINGS = ("model", "revision", "dtype", "device", "engine")
 ENGINE_SETTINGS = (*MODEL_SETTINGS, "vllm_args", "kv_memory", "max_model_len", "max_running", "step_tokens", "threads")
 WORKER_SETTINGS = (
     *ENGINE_SETTINGS,
-    *("drain_seconds", "stall_seconds", "lease_seconds", "grace_seconds", "tick_seconds"),
+    *("drain_seconds", "stall_seconds", "lease_seconds", "grace_seconds", "tick_seconds", "publish_seconds"),
     *("resume_wait_seconds", "instant_step_ms", "log_level"),
 )
 API_SETTINGS = (
