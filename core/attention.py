@@ -8,6 +8,7 @@ a compiler.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,19 +80,26 @@ class Pass:
     batch: Batch
     cache: KVCache
     spans: Tensor = field(init=False)  #: int32 [spans, 4]: first row, rows, context, table
-    _work: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _layouts: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[Span, int | None], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rows = [(span.first, span.rows, span.context, span.table) for span in self.batch.spans]
         self.spans = torch.tensor(rows, dtype=torch.int32)
 
-    def work(self, heads: int, kv_heads: int) -> Tensor:
-        """How our kernel's threads share a layer of this shape."""
-        found = self._work.get((heads, kv_heads))
+    def layout(self, heads: int, kv_heads: int) -> Tensor:
+        """What our kernel knows of the pass in a layer of this shape; see ``paged.layout``."""
+        found = self._layouts.get((heads, kv_heads))
         if found is None:
-            found = self._work[heads, kv_heads] = paged.pieces_of(self.spans, heads, kv_heads)
-        return found
+            work = paged.pieces_of(self.spans, heads, kv_heads)
+            layout = paged.layout(self.batch.slots, self.spans, self.batch.tables, work)
+            found = self._layouts[heads, kv_heads] = (layout, work)
+        return found[0]
+
+    @property
+    def shapes(self) -> Collection[tuple[int, int]]:
+        """Of all layers that have attended: heads and key-value heads."""
+        return self._layouts.keys()
 
     def mask(self, span: Span, window: int | None, like: Tensor) -> Tensor:
         """What may not be seen, as -inf to be added: [rows, context]."""
@@ -128,9 +136,9 @@ def attend(
     pools = current.cache.pools(_layer(module), key[0])
     tensors = (query[0], key[0], value[0], *pools)
     if (function := paged.kernel(pools[0], query.shape[1])) is not None:
-        work = current.work(query.shape[1], key.shape[1])
-        layout = (current.batch.slots, current.spans, current.batch.tables, work)
-        out = paged.call(function, tensors, layout, (look.scale, look.softcap or 0.0, look.window or 0))
+        layout = current.layout(query.shape[1], key.shape[1])
+        of_layer = (look.scale, look.softcap or 0.0, look.window or 0)
+        out = paged.attend(function, tensors, len(current.batch.slots), layout, of_layer)
     else:
         out = _attend_plainly(current, tensors, look)
     return out.unsqueeze(0), None

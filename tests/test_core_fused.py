@@ -86,6 +86,19 @@ def test_norm_and_gate_are_those_of_their_papers(shape: tuple[int, ...]) -> None
     assert torch.allclose(rows.silu_times(pairs).float(), gated, rtol=2**-6, atol=1e-3)
 
 
+def test_a_norm_of_a_rows_parts_is_that_of_each_by_itself() -> None:
+    whole, weight = random(1, 5, 7 * 32), random(32, seed=1)
+    parts = whole[..., 64:160].view(1, 5, 3, 32)
+    assert not parts.is_contiguous()
+    expected = rows.rms_norm(parts.contiguous().view(15, 32), weight, 1e-5)
+    assert torch.equal(rows.rms_norm(parts, weight, 1e-5), expected.view(1, 5, 3, 32))
+
+
+def test_a_sum_is_torchs_to_the_last_bit() -> None:
+    x, y = random(1, 300, 64), random(1, 300, 64, seed=1)
+    assert torch.equal(rows.add(x, y), x + y)
+
+
 @pytest.mark.parametrize(("heads", "count", "size"), [(3, 1, 32), (2, 9, 64), (4, 100, 128)])
 def test_a_rotation_is_that_of_transformers_llama(heads: int, count: int, size: int) -> None:
     x = random(1, count, heads, size).transpose(1, 2)

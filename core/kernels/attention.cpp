@@ -4,6 +4,7 @@
 //
 // A block holds BLOCK tokens: keys [kv_heads][head_size][BLOCK], so that BLOCK scores are one vector, and values
 // [kv_heads][BLOCK][head_size].
+#include "calls.h"
 #include "pool.h"
 #include "vectors.h"
 
@@ -191,47 +192,34 @@ template <typename T> void work(const Job<T> &job, const Span &span, const int32
   }
 }
 
-template <typename T>
-void attend(const Job<T> &job, int64_t tokens, const int64_t *slots, const Span *spans, const int32_t *tables,
-            int64_t count, const Piece *pieces, int64_t threads) {
-  const int64_t numbers = tokens * job.kv_heads * job.head_size;
-  share(numbers > FEW ? threads : 1, tokens, [&](int64_t row) { store(job, row, slots[row]); });
-  share(threads, count, [&](int64_t i) {
-    const Span &span = spans[pieces[i].span];
-    work(job, span, tables + span.table, pieces[i]);
+// What is the same in all layers of a pass, as core.attention.Pass has it.
+struct Layout {
+  int64_t tokens, pieces;
+  const int64_t *slots; // [tokens]
+  const Span *spans;
+  const int32_t *tables;
+  const Piece *work; // [pieces]
+};
+
+// query, keys, values, key pool, value pool, out, strides (query's of a head and of a row, keys', values'), heads, kv_heads,
+// head_size, window, scale, softcap, layout, threads
+template <typename T> void attend(const Word *w) {
+  const Job<T> job{w[0].at<const T>(),   w[1].at<const T>(), w[2].at<const T>(), w[3].at<T>(),  w[4].at<T>(),
+                   w[5].at<T>(),         w[6].number,        w[7].number,        w[8].number,   w[9].number,
+                   w[10].number,         w[11].number,       w[12].number,       w[13].number,  w[14].number,
+                   float(w[16].real),    float(w[17].real),  w[15].number};
+  const Layout &layout = *w[18].at<const Layout>();
+  const int64_t numbers = layout.tokens * job.kv_heads * job.head_size, threads = w[19].number;
+  share(numbers > FEW ? threads : 1, layout.tokens, [&](int64_t row) { store(job, row, layout.slots[row]); });
+  share(threads, layout.pieces, [&](int64_t i) {
+    const Span &span = layout.spans[layout.work[i].span];
+    work(job, span, layout.tables + span.table, layout.work[i]);
   });
 }
 
 } // namespace
 
 extern "C" {
-
-struct Arguments {
-  void *query, *keys, *values, *key_pool, *value_pool, *out;
-  int64_t query_head, query_row, key_head, key_row, value_head, value_row;
-  int64_t heads, kv_heads, head_size, window;
-  double scale, softcap;
-  int64_t tokens, pieces, threads;
-  const int64_t *slots;
-  const Span *spans;
-  const int32_t *tables;
-  const Piece *work;
-};
-
-void attend_float(const Arguments *a) {
-  Job<float> job{(const float *)a->query, (const float *)a->keys, (const float *)a->values, (float *)a->key_pool,
-                 (float *)a->value_pool, (float *)a->out, a->query_head, a->query_row, a->key_head, a->key_row,
-                 a->value_head, a->value_row, a->heads, a->kv_heads, a->head_size, float(a->scale), float(a->softcap),
-                 a->window};
-  attend(job, a->tokens, a->slots, a->spans, a->tables, a->pieces, a->work, a->threads);
+void attend_float(const Word *w) { attend<float>(w); }
+void attend_bfloat16(const Word *w) { attend<Bf16>(w); }
 }
-
-void attend_bfloat16(const Arguments *a) {
-  Job<Bf16> job{(const Bf16 *)a->query, (const Bf16 *)a->keys, (const Bf16 *)a->values, (Bf16 *)a->key_pool,
-                (Bf16 *)a->value_pool, (Bf16 *)a->out, a->query_head, a->query_row, a->key_head, a->key_row,
-                a->value_head, a->value_row, a->heads, a->kv_heads, a->head_size, float(a->scale), float(a->softcap),
-                a->window};
-  attend(job, a->tokens, a->slots, a->spans, a->tables, a->pieces, a->work, a->threads);
-}
-
-} // extern "C"

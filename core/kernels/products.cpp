@@ -1,15 +1,21 @@
-// Activations times packed weights, for processors with AVX-512. Each number of the outcome is one sum in one order of its
+// Activations times packed weights, for processors with AVX-512, and with AMX where there are tiles. Each number of the outcome is one sum in one order of its
 // own row, so what a row says depends neither on how many rows there are nor on where it stands among them.
 //
 // Weights lie in panels of WIDTH outputs, [panel][inputs / DEEP][WIDTH][DEEP], as the dot-product instructions take them
-// (VDPBF16PS of AVX512_BF16 with DEEP 2, VPDPBUSD of AVX512_VNNI with DEEP 4: Intel's manual, volume 2). While a panel is
-// multiplied the next one is fetched: at the few rows of a decoding step memory takes as long as arithmetic.
+// (VDPBF16PS of AVX512_BF16 and TDPBF16PS of AMX with DEEP 2, VPDPBUSD of AVX512_VNNI and TDPBUSD of AMX with DEEP 4: Intel's
+// manual, volume 2). While a panel is multiplied the next one is fetched: at the few rows of a decoding step memory takes
+// as long as arithmetic.
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
 
+#include "calls.h"
 #include "pool.h"
 
 namespace {
@@ -76,6 +82,81 @@ template <typename T> constexpr Multiply<T> TILES[MOST_ROWS + 1] = {
     nullptr,        multiply<T, 1>, multiply<T, 2>, multiply<T, 3>,  multiply<T, 4>,  multiply<T, 5>, multiply<T, 6>,
     multiply<T, 7>, multiply<T, 8>, multiply<T, 9>, multiply<T, 10>, multiply<T, 11>, multiply<T, 12>};
 
+constexpr int MOST_TILE_ROWS = 32; // at once: four tiles of sums, 16 rows times 16 outputs each
+constexpr int TILE_STEPS = 16;     // of one tile of weights
+
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+// Linux wants to be asked once a process: the registers are eight kilobytes a thread.
+bool has_tiles() {
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  static const bool allowed = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+  return allowed;
+}
+
+// Tiles 0 to 3: sums, two of each row of tiles; 4 and 5: rows; 6 and 7: weights.
+struct alignas(64) Shape {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+  explicit Shape(int height) {
+    const int upper = height < 16 ? height : 16, lower = height - upper;
+    const int heights[8] = {upper, upper, lower, lower, upper, lower, TILE_STEPS, TILE_STEPS};
+    for (int tile = 0; tile < 8; tile++) bytes[tile] = heights[tile] ? LINE : 0, rows[tile] = uint8_t(heights[tile]);
+  }
+};
+
+// The macros of the intrinsics take their tiles as they are written.
+#define DOT(sum, row, weights)                                                                                         \
+  if constexpr (T::DEEP == 2) _tile_dpbf16ps(sum, row, weights);                                                       \
+  else _tile_dpbusd(sum, row, weights);
+
+template <typename T, bool LOWER>
+void multiply_tiles(const char *rows, int64_t stride, const char *panel, int64_t steps, Ahead ahead,
+                    typename T::Sum (*sums)[VECTORS]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (LOWER) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t step = 0; step < steps; step += TILE_STEPS) {
+    const char *weights = panel + step * VECTORS * LINE;
+    for (int line = 0; line < ahead.lines * TILE_STEPS; line++)
+      _mm_prefetch(ahead.at + (step * ahead.lines + line) * LINE, _MM_HINT_T1);
+    _tile_loadd(4, rows + step * 4, stride);
+    _tile_loadd(6, weights, VECTORS * LINE);
+    DOT(0, 4, 6)
+    _tile_loadd(7, weights + LINE, VECTORS * LINE);
+    DOT(1, 4, 7)
+    if (LOWER) {
+      _tile_loadd(5, rows + 16 * stride + step * 4, stride);
+      DOT(2, 5, 6)
+      DOT(3, 5, 7)
+    }
+  }
+  _tile_stored(0, sums, VECTORS * LINE);
+  _tile_stored(1, sums[0] + 1, VECTORS * LINE);
+  if (LOWER) {
+    _tile_stored(2, sums + 16, VECTORS * LINE);
+    _tile_stored(3, sums[16] + 1, VECTORS * LINE);
+  }
+}
+#undef DOT
+
+template <typename T>
+void multiply_tiles(const char *rows, int64_t stride, const char *panel, int64_t steps, Ahead ahead,
+                    typename T::Sum (*sums)[VECTORS], int height) {
+  Shape shape(height);
+  _tile_loadconfig(&shape);
+  (height > 16 ? multiply_tiles<T, true> : multiply_tiles<T, false>)(rows, stride, panel, steps, ahead, sums);
+  _tile_release();
+}
+#else
+constexpr bool has_tiles() { return false; }
+template <typename T>
+void multiply_tiles(const char *, int64_t, const char *, int64_t, Ahead, typename T::Sum (*)[VECTORS], int) {}
+#endif
+
 inline void save(float *at, __m512 values, __mmask16 mask) { _mm512_mask_storeu_ps(at, mask, values); }
 inline void save(uint16_t *at, __m512 values, __mmask16 mask) {
   _mm256_mask_storeu_epi16(at, mask, (__m256i)_mm512_cvtneps_pbh(values));
@@ -85,17 +166,21 @@ inline void save(uint16_t *at, __m512 values, __mmask16 mask) {
 template <typename T, typename Out, typename Finish>
 void product(const char *rows, int64_t stride, const char *weights, Out *out, int64_t count, int64_t outputs,
              int64_t inputs, int64_t threads, Finish finish) {
-  const int64_t panels = (outputs + WIDTH - 1) / WIDTH, tiles = (count + MOST_ROWS - 1) / MOST_ROWS;
   const int64_t bytes = inputs * WIDTH * int64_t(sizeof(typename T::Weight)), steps = inputs / T::DEEP;
+  const bool amx = steps % TILE_STEPS == 0 && has_tiles(); // not by the number of rows: they are to be the same for any
+  const int64_t most = amx ? MOST_TILE_ROWS : MOST_ROWS;
+  const int64_t panels = (outputs + WIDTH - 1) / WIDTH, tiles = (count + most - 1) / most;
   share(threads, panels, [&](int64_t p) {
     const char *panel = weights + p * bytes;
     int64_t first = 0;
     for (int64_t tile = 0; tile < tiles; tile++) {
-      int64_t height = (count - first + tiles - tile - 1) / (tiles - tile);
-      typename T::Sum sums[MOST_ROWS][VECTORS];
+      int64_t height = amx && tile < tiles - 1 ? most : (count - first + tiles - tile - 1) / (tiles - tile);
+      typename T::Sum sums[MOST_TILE_ROWS][VECTORS];
       int lines = tiles == 1 ? 2 : tile < 2 ? 1 : 0; // the first two tiles, or the only one, fetch the next panel
       Ahead ahead{panel + bytes + tile * steps * LINE, lines};
-      TILES<T>[height](rows + first * stride, stride, panel, steps, ahead, sums);
+      const char *top = rows + first * stride;
+      if (amx) multiply_tiles<T>(top, stride, panel, steps, ahead, sums, int(height));
+      else TILES<T>[height](top, stride, panel, steps, ahead, sums);
       for (int64_t m = 0; m < height; m++)
         for (int v = 0; v < VECTORS; v++) {
           int64_t at = p * WIDTH + v * 16, left = outputs - at;
@@ -130,23 +215,29 @@ float quantize(const uint16_t *row, int64_t inputs, uint8_t *into) {
   return largest / 127.0f;
 }
 
-template <typename Out>
-void product_bfloat16(const uint16_t *rows, int64_t stride, const uint16_t *weights, const float *bias, Out *out,
-                      int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
-  product<Bfloat16>((const char *)rows, stride * 2, (const char *)weights, out, count, outputs, inputs, threads,
-                    [=](__m512 sum, int64_t, int64_t at) {
+// rows [count][inputs], stride apart; out [count][outputs]:
+// rows, stride, weights, bias, out, count, outputs, inputs, threads
+template <typename Out> void product_bfloat16(const Word *w) {
+  const float *bias = w[3].at<const float>();
+  product<Bfloat16>(w[0].at<const char>(), w[1].number * 2, w[2].at<const char>(), w[4].at<Out>(), w[5].number,
+                    w[6].number, w[7].number, w[8].number, [=](__m512 sum, int64_t, int64_t at) {
                       return bias ? _mm512_add_ps(sum, _mm512_loadu_ps(bias + at)) : sum;
                     });
 }
 
-// quantized: room for count rows of inputs bytes; scales: for count floats; of weights: scale and 128 * sum an output.
-template <typename Out>
-void product_int8(const uint16_t *rows, int64_t stride, const int8_t *weights, const float *weight_scales,
-                  const int32_t *weight_sums, const float *bias, Out *out, uint8_t *quantized, float *scales,
-                  int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
+// The same, with the weights' scales and sums (128 times each) behind them, and behind out room for the rows in eight bits,
+// [count][inputs], and for their scales, [count].
+template <typename Out> void product_int8(const Word *w) {
+  const uint16_t *rows = w[0].at<const uint16_t>();
+  const int64_t stride = w[1].number, count = w[9].number, outputs = w[10].number, inputs = w[11].number;
+  const float *weight_scales = w[3].at<const float>(), *bias = w[5].at<const float>();
+  const int32_t *weight_sums = w[4].at<const int32_t>();
+  uint8_t *quantized = w[7].at<uint8_t>();
+  float *scales = w[8].at<float>();
+  const int64_t threads = w[12].number;
   share(count * inputs > FEW ? threads : 1, count,
         [=](int64_t m) { scales[m] = quantize(rows + m * stride, inputs, quantized + m * inputs); });
-  product<Int8>((const char *)quantized, inputs, (const char *)weights, out, count, outputs, inputs, threads,
+  product<Int8>((const char *)quantized, inputs, w[2].at<const char>(), w[6].at<Out>(), count, outputs, inputs, threads,
                 [=](__m512i sum, int64_t row, int64_t at) {
                   __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_loadu_si512(weight_sums + at)));
                   value = _mm512_mul_ps(
@@ -157,32 +248,11 @@ void product_int8(const uint16_t *rows, int64_t stride, const int8_t *weights, c
 
 } // namespace
 
-// Bias, weight_scales and weight_sums have whole panels of outputs. A row of the outcome has outputs numbers.
+// Bias, the weights' scales and their sums have whole panels of outputs.
 extern "C" {
-
-void product_bfloat16_bfloat16(const uint16_t *rows, int64_t stride, const uint16_t *weights, const float *bias,
-                               uint16_t *out, int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
-  product_bfloat16(rows, stride, weights, bias, out, count, outputs, inputs, threads);
+void product_bfloat16_bfloat16(const Word *w) { product_bfloat16<uint16_t>(w); }
+void product_bfloat16_float(const Word *w) { product_bfloat16<float>(w); }
+void product_int8_bfloat16(const Word *w) { product_int8<uint16_t>(w); }
+void product_int8_float(const Word *w) { product_int8<float>(w); }
 }
-
-void product_bfloat16_float(const uint16_t *rows, int64_t stride, const uint16_t *weights, const float *bias, float *out,
-                            int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
-  product_bfloat16(rows, stride, weights, bias, out, count, outputs, inputs, threads);
-}
-
-void product_int8_bfloat16(const uint16_t *rows, int64_t stride, const int8_t *weights, const float *weight_scales,
-                           const int32_t *weight_sums, const float *bias, uint16_t *out, uint8_t *quantized,
-                           float *scales, int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
-  product_int8(rows, stride, weights, weight_scales, weight_sums, bias, out, quantized, scales, count, outputs, inputs,
-               threads);
-}
-
-void product_int8_float(const uint16_t *rows, int64_t stride, const int8_t *weights, const float *weight_scales,
-                        const int32_t *weight_sums, const float *bias, float *out, uint8_t *quantized, float *scales,
-                        int64_t count, int64_t outputs, int64_t inputs, int64_t threads) {
-  product_int8(rows, stride, weights, weight_scales, weight_sums, bias, out, quantized, scales, count, outputs, inputs,
-               threads);
-}
-
-} // extern "C"
 #endif

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from core.kernels.build import has_products, library
+from core.kernels.calls import THREADS, call
 
 WIDTH = 32  #: outputs of a panel
 _WHOLE = 127  #: what the largest weight of an output is in eight bits
@@ -75,22 +73,15 @@ def product(x: Tensor, packed: Packed, dtype: torch.dtype = torch.bfloat16) -> T
     rows = x.reshape(-1, packed.inputs)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    count = len(rows)
     out = torch.empty(*x.shape[:-1], packed.outputs, dtype=dtype)
-    bias = None if packed.bias is None else packed.bias.data_ptr()
     name = "float" if dtype is torch.float32 else "bfloat16"
-    sizes = (count, packed.outputs, packed.inputs, torch.get_num_threads())
-    pointers = (rows.data_ptr(), rows.stride(0), packed.panels.data_ptr())
-    if packed.scales is None or packed.sums is None:
-        _function(f"product_bfloat16_{name}", 9)(*pointers, bias, out.data_ptr(), *sizes)
+    given = (rows, rows.stride(0), packed.panels)
+    sizes = (rows.shape[0], packed.outputs, packed.inputs, THREADS)
+    if packed.scales is None:
+        call(f"product_bfloat16_{name}", *given, packed.bias, out, *sizes)
     else:
-        quantized, scales = torch.empty(count, packed.inputs, dtype=torch.uint8), torch.empty(count)
-        _function(f"product_int8_{name}", 13)(
-            *pointers,
-            *(packed.scales.data_ptr(), packed.sums.data_ptr(), bias),
-            *(out.data_ptr(), quantized.data_ptr(), scales.data_ptr()),
-            *sizes,
-        )
+        room = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(rows.shape[0])
+        call(f"product_int8_{name}", *given, packed.scales, packed.sums, packed.bias, out, *room, *sizes)
     return out
 
 
@@ -105,11 +96,3 @@ def rows_of(packed: Packed, numbers: Tensor) -> Tensor:
 def _panels(weights: Tensor, deep: int) -> Tensor:
     outputs, inputs = weights.shape
     return weights.view(outputs // WIDTH, WIDTH, inputs // deep, deep).transpose(1, 2).contiguous()
-
-
-@cache
-def _function(name: str, arguments: int) -> Any:
-    function = getattr(library(), name)
-    function.argtypes = (ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * (arguments - 6), *[ctypes.c_int64] * 4)
-    function.restype = None
-    return function

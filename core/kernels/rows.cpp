@@ -2,22 +2,29 @@
 // A row is computed by itself, in float32; sizes are multiples of LANES.
 #include <cmath>
 
+#include "calls.h"
 #include "pool.h"
 #include "vectors.h"
 
 extern "C" {
 
-// RMSNorm (arXiv:1910.07467): x / sqrt(mean(x^2) + eps), rounded, times weight. x and out [rows][size].
-void rms_norm(const Bf16 *x, const Bf16 *weight, Bf16 *out, int64_t rows, int64_t size, double eps,
-              int64_t threads) {
-  share(rows * size > FEW ? threads : 1, rows, [=](int64_t row) {
-    const Bf16 *from = x + row * size;
-    Bf16 *into = out + row * size;
+// RMSNorm (arXiv:1910.07467): x / sqrt(mean(x^2) + eps), rounded, times weight.
+// x [rows][parts][size] by its strides, out [rows][parts][size]:
+// x, its row's stride, its part's stride, weight, out, rows, parts, size, eps, threads
+void rms_norm(const Word *w) {
+  const Bf16 *x = w[0].at<const Bf16>(), *weight = w[3].at<const Bf16>();
+  const int64_t row_stride = w[1].number, part_stride = w[2].number;
+  Bf16 *out = w[4].at<Bf16>();
+  const int64_t rows = w[5].number, parts = w[6].number, size = w[7].number;
+  const float eps = float(w[8].real);
+  share(rows * parts * size > FEW ? w[9].number : 1, rows * parts, [=](int64_t at) {
+    const Bf16 *from = x + at / parts * row_stride + at % parts * part_stride;
+    Bf16 *into = out + at * size;
     Vec squares = splat(0.0f);
     for (int64_t i = 0; i < size; i += LANES) squares += load(from + i) * load(from + i);
     float sum = 0.0f;
     for (int j = 0; j < LANES; j++) sum += squares[j];
-    const float share = 1.0f / std::sqrt(sum / float(size) + float(eps));
+    const float share = 1.0f / std::sqrt(sum / float(size) + eps);
     for (int64_t i = 0; i < size; i += LANES) {
       save(into + i, load(from + i) * share);
       save(into + i, load(into + i) * load(weight + i));
@@ -26,11 +33,14 @@ void rms_norm(const Bf16 *x, const Bf16 *weight, Bf16 *out, int64_t rows, int64_
 }
 
 // Rotary positions (arXiv:2104.09864): x * cos + (minus its second half, its first half) * sin; half a size is a multiple
-// of LANES. x [heads][rows][size] by its strides, cos and sin [rows][size], out [heads][rows][size].
-void rotate(const Bf16 *x, int64_t head_stride, int64_t row_stride, const Bf16 *cos, const Bf16 *sin, Bf16 *out,
-            int64_t heads, int64_t rows, int64_t size, int64_t threads) {
-  const int64_t half = size / 2;
-  share(heads * rows * size > FEW ? threads : 1, heads * rows, [=](int64_t at) {
+// of LANES. x [heads][rows][size] by its strides, cos and sin [rows][size], out [heads][rows][size]:
+// x, its head's stride, its row's stride, cos, sin, out, heads, rows, size, threads
+void rotate(const Word *w) {
+  const Bf16 *x = w[0].at<const Bf16>(), *cos = w[3].at<const Bf16>(), *sin = w[4].at<const Bf16>();
+  const int64_t head_stride = w[1].number, row_stride = w[2].number;
+  Bf16 *out = w[5].at<Bf16>();
+  const int64_t heads = w[6].number, rows = w[7].number, size = w[8].number, half = size / 2;
+  share(heads * rows * size > FEW ? w[9].number : 1, heads * rows, [=](int64_t at) {
     const int64_t head = at / rows, row = at % rows;
     const Bf16 *from = x + head * head_stride + row * row_stride, *c = cos + row * size, *s = sin + row * size;
     Bf16 *into = out + at * size;
@@ -42,9 +52,13 @@ void rotate(const Bf16 *x, int64_t head_stride, int64_t row_stride, const Bf16 *
   });
 }
 
-// SwiGLU (arXiv:2002.05202): gate / (1 + e^-gate), rounded, times up. pairs [rows][gate: size, up: size], out [rows][size].
-void silu_times(const Bf16 *pairs, Bf16 *out, int64_t rows, int64_t size, int64_t threads) {
-  share(rows * size > FEW ? threads : 1, rows, [=](int64_t row) {
+// SwiGLU (arXiv:2002.05202): gate / (1 + e^-gate), rounded, times up.
+// pairs [rows][gate: size, up: size], out [rows][size]: pairs, out, rows, size, threads
+void silu_times(const Word *w) {
+  const Bf16 *pairs = w[0].at<const Bf16>();
+  Bf16 *out = w[1].at<Bf16>();
+  const int64_t rows = w[2].number, size = w[3].number;
+  share(rows * size > FEW ? w[4].number : 1, rows, [=](int64_t row) {
     const Bf16 *gates = pairs + row * 2 * size;
     Bf16 *into = out + row * size;
     for (int64_t i = 0; i < size; i += LANES) {
@@ -54,6 +68,16 @@ void silu_times(const Bf16 *pairs, Bf16 *out, int64_t rows, int64_t size, int64_
       save(into + i, gate * sigmoid);
       save(into + i, load(into + i) * load(gates + size + i));
     }
+  });
+}
+
+// Each sum of two: x, y, out, rows, size, threads
+void add(const Word *w) {
+  const Bf16 *x = w[0].at<const Bf16>(), *y = w[1].at<const Bf16>();
+  Bf16 *out = w[2].at<Bf16>();
+  const int64_t rows = w[3].number, size = w[4].number;
+  share(rows * size > FEW ? w[5].number : 1, rows, [=](int64_t row) {
+    for (int64_t i = row * size; i < (row + 1) * size; i += LANES) save(out + i, load(x + i) + load(y + i));
   });
 }
 

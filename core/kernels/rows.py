@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from core.kernels.build import library
+from core.kernels.calls import THREADS, call
 
 LANES = 16  #: sizes are multiples of it
-_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (arXiv:1910.07467) of bfloat16 [..., size]."""
-    x = x.contiguous()
-    out, size = torch.empty_like(x), x.shape[-1]
-    types = (_POINTER, _POINTER, _POINTER, _NUMBER, _NUMBER, ctypes.c_double, _NUMBER)
-    _function("rms_norm", types)(
-        *(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // size, size, eps, torch.get_num_threads())
-    )
+    """RMSNorm (arXiv:1910.07467) of bfloat16 [..., size], or of parts of rows: [1, rows, parts, size]."""
+    size = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype)
+    if x.dim() == 4 and len(x) == 1 and x.stride(-1) == 1:
+        shape, strides = (x.shape[1], x.shape[2], size), (x.stride(1), x.stride(2))
+    else:
+        x = x.contiguous()
+        shape, strides = (x.numel() // size, 1, size), (size, 0)
+    call("rms_norm", x, *strides, weight, out, *shape, eps, THREADS)
     return out
 
 
@@ -36,11 +33,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     _, heads, rows, size = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    types = (_POINTER, _NUMBER, _NUMBER, *[_POINTER] * 3, *[_NUMBER] * 4)
-    _function("rotate", types)(
-        *(x.data_ptr(), x.stride(1), x.stride(2), cos.contiguous().data_ptr(), sin.contiguous().data_ptr()),
-        *(out.data_ptr(), heads, rows, size, torch.get_num_threads()),
-    )
+    strides = (x.stride(1), x.stride(2))
+    call("rotate", x, *strides, cos.contiguous(), sin.contiguous(), out, heads, rows, size, THREADS)
     return out
 
 
@@ -48,14 +42,12 @@ def silu_times(pairs: Tensor) -> Tensor:
     """SwiGLU's gate (arXiv:2002.05202): bfloat16 [..., size of gates, then size of what passes them] → [..., size]."""
     size = pairs.shape[-1] // 2
     out = torch.empty(*pairs.shape[:-1], size, dtype=pairs.dtype)
-    _function("silu_times", (_POINTER, _POINTER, _NUMBER, _NUMBER, _NUMBER))(
-        pairs.data_ptr(), out.data_ptr(), out.numel() // size, size, torch.get_num_threads()
-    )
+    call("silu_times", pairs, out, out.numel() // size, size, THREADS)
     return out
 
 
-@cache
-def _function(name: str, types: tuple[Any, ...]) -> Any:
-    function = getattr(library(), name)
-    function.argtypes, function.restype = types, None
-    return function
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Sums of two bfloat16 [..., size] of the same shape and without gaps."""
+    out, size = torch.empty_like(x), x.shape[-1]
+    call("add", x, y, out, x.numel() // size, size, THREADS)
+    return out

@@ -17,6 +17,7 @@ from core.batch import build_batch
 from core.blocks import blocks_of
 from core.errors import EngineError, ModelRefused
 from core.fused import fuse
+from core.replay import chain
 from core.request import Request
 from core.scheduler import Slice, Step
 from core.sequence import Sequence
@@ -85,7 +86,10 @@ def fuse_checked(model: Any, name: str, *, eight_bits: bool = False) -> bool:
     if not fused:
         return False
     try:
-        found = _logits(model, texts, _cache_for(texts))
+        cache = _cache_for(texts)
+        if reason := chain(model, fused, lambda: _logits(model, texts, cache)):
+            _log.info("model %r: its layers are called one by one: %s", name, reason)
+        found = _logits(model, texts, cache)
         if _difference(plain, found) <= _ROUNDING * max(float(logits.abs().max()) for logits in plain):
             return True
         reason = "its logits were others"

@@ -1,0 +1,370 @@
+"""A model's layers as one call: what they had our kernels do, written down at load and done again without Python.
+
+What CUDA graphs are on a card (Gray, "Getting started with CUDA Graphs", NVIDIA 2019), for a processor and for any
+number of rows: a pass is recorded three times, with different numbers of rows, and each number and each address in it
+has to be a line through them. Nothing is known of the model but that its layers are called alike, one after the other;
+where they do anything but call our kernels and add, they are called as they were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from core.attention import Pass
+from core.fused import Fused
+from core.kernels import rows
+from core.kernels.calls import MOST_WORDS, Threads, Value, function, listened, word_of
+
+PASSES = 3  #: two make a line, and the third has to be on it
+_NOTHING, _THREADS, _INPUTS = 0, 1, 2  #: what addresses are counted from: none, and then inputs and buffers
+_LINE_BYTES = 64  #: of the processor's cache
+_EMPTY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided)
+
+
+class Unrepeatable(Exception):
+    """The layers do something that cannot be done again by calling our kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """``fixed + each * rows``"""
+
+    fixed: int
+    each: int
+
+    @classmethod
+    def through(cls, rows: Sequence[int], values: Sequence[int]) -> Line:
+        """Raises Unrepeatable where there is none."""
+        each = (values[1] - values[0]) // (rows[1] - rows[0])
+        line = cls(values[0] - each * rows[0], each)
+        if any(line.at(x) != y for x, y in zip(rows, values, strict=True)):
+            raise Unrepeatable(f"{values} are no line over {rows}")
+        return line
+
+    def at(self, rows: int) -> int:
+        return self.fixed + self.each * rows
+
+
+_ZERO = Line(0, 0)
+
+
+@dataclass(slots=True, eq=False)
+class Recording:
+    """One pass through the layers. Keeps every tensor, so that no address means two things."""
+
+    inputs: list[Tensor]
+    shapes: list[tuple[int, int]] = field(default_factory=list)  #: of attention: heads and key-value heads
+    calls: list[tuple[str, tuple[Value, ...]]] = field(default_factory=list)
+    torchs: list[Tensor] = field(default_factory=list)  #: what torch itself has written
+    out: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.inputs[0].shape[1]
+
+    def note(self, name: str, values: tuple[Value, ...]) -> None:
+        self.calls.append((name, values))
+
+
+class _Torch(TorchDispatchMode):
+    """Notes what torch computes between our kernels; a sum becomes one of them."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.add.Tensor and not kwargs and _can_add(*args):
+            return rows.add(*args)
+        given = [each for each in args if isinstance(each, Tensor)]
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _EMPTY:
+            return out
+        known = {_storage(each) for each in given}
+        found = [each for each in (out if isinstance(out, tuple | list) else [out]) if isinstance(each, Tensor)]
+        if func._schema.is_mutable or any(_storage(each) not in known for each in found):
+            self._recording.torchs += [*found, *(given if func._schema.is_mutable else ())]
+        return out
+
+
+class _Recorder:
+    """Listens at the layers while the model is run."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self.recordings: list[Recording] = []
+        self.alike = True  #: each layer was called with what the one before it said, and else with the same
+        self._last = len(layers) - 1
+        self._stack = ExitStack()
+        self._handles = [
+            handle
+            for number, layer in enumerate(layers)
+            for handle in (
+                layer.register_forward_pre_hook(self._before(number), with_kwargs=True),
+                layer.register_forward_hook(self._after(number), with_kwargs=True),
+            )
+        ]
+        self._hidden: Any = None
+        self._others: dict[str, Any] = {}
+
+    def close(self) -> None:
+        self._stack.close()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, number: int) -> Callable[..., None]:
+        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if number:
+                same = kwargs.keys() == self._others.keys()
+                same = same and all(value is self._others[name] for name, value in kwargs.items())
+                self.alike = self.alike and same and len(args) == 1 and args[0] is self._hidden
+                return
+            self._others = kwargs
+            recording = Recording([args[0]])
+            self.recordings.append(recording)
+            self._stack.enter_context(listened(recording.note))
+            self._stack.enter_context(_Torch(recording))
+
+        return begin
+
+    def _after(self, number: int) -> Callable[..., None]:
+        def end(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            self._hidden = out
+            if number == self._last:
+                self._stack.close()
+                recording, current = self.recordings[-1], kwargs["headrace"]
+                recording.shapes = list(current.shapes)
+                recording.inputs += others(kwargs, recording.shapes)
+                recording.out = out
+
+        return end
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """Calls of our kernels, for any number of rows."""
+
+    calls: Tensor  #: int64 [calls, 2]: the function, how many words
+    lines: Tensor  #: int64 [words, 3]: counted from what, and the line
+    inputs: int
+    shapes: list[tuple[int, int]]
+    buffers: list[Line]  #: bytes of each
+    out: int  #: in which of them the outcome is
+
+    def run(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Compute; ``inputs`` are those of a Recording, and what is returned is like the first of them."""
+        hidden = inputs[0]
+        count, at, starts = hidden.shape[1], 0, []
+        for line in self.buffers:
+            starts.append(at)
+            at += -(-line.at(count) // _LINE_BYTES) * _LINE_BYTES
+        room = torch.empty(at, dtype=torch.uint8)
+        first = room.data_ptr()
+        bases = [
+            0,
+            torch.get_num_threads(),
+            *(each.data_ptr() for each in inputs),
+            *(first + start for start in starts),
+        ]
+        given = (ctypes.c_int64 * len(bases))(*bases)
+        words = (self.calls.data_ptr(), len(self.calls), self.lines.data_ptr(), ctypes.addressof(given), count)
+        function("replay")((ctypes.c_int64 * len(words))(*words))
+        start = starts[self.out]
+        return room[start : start + hidden.nbytes].view(hidden.dtype).view(hidden.shape)
+
+
+class Chain(nn.Module):
+    """Layers that are called as one."""
+
+    def __init__(self, layers: nn.ModuleList, program: Program) -> None:
+        super().__init__()
+        self.layers = layers
+        self._program = program
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        inputs = [hidden, *others(kwargs, self._program.shapes)]
+        if len(inputs) == self._program.inputs and all(each.is_contiguous() for each in inputs):
+            return self._program.run(inputs)
+        for layer in self.layers:
+            hidden = layer(hidden, **kwargs)  # the first pass with a new cache, which makes its pools
+        return hidden
+
+
+def chain(model: Any, fused: Fused, run: Callable[[], object]) -> str:
+    """Let a model's layers be called as one.
+
+    Args:
+        model: a decoder whose modules are ours where they can be.
+        fused: takes note of what is replaced.
+        run: passes through the model, at least ``PASSES`` of them with different numbers of rows, all with one cache.
+
+    Returns:
+        Why they are not; empty when they are.
+    """
+    parent, name, layers = max(_lists(model), key=lambda found: len(found[2]), default=(model, "", nn.ModuleList()))
+    if not len(layers):
+        return "it has no list of layers"
+    recorder = _Recorder(layers)
+    try:
+        run()
+        if not recorder.alike:
+            raise Unrepeatable("its layers are not called alike")
+        program = write(_different(recorder.recordings))
+    except Unrepeatable as reason:
+        return str(reason)
+    finally:
+        recorder.close()
+    fused.put(parent, name, nn.ModuleList([Chain(layers, program)]))
+    return ""
+
+
+def write(recordings: Sequence[Recording]) -> Program:
+    """The program that does what was recorded.
+
+    Raises:
+        Unrepeatable: there is none.
+    """
+    if len(recordings) < PASSES:
+        raise Unrepeatable(f"its layers were called {len(recordings)} times")
+    names = [[(name, len(values)) for name, values in each.calls] for each in recordings]
+    if any(each != names[0] for each in names) or len({len(each.inputs) for each in recordings}) > 1:
+        raise Unrepeatable("it does not call the same kernels for any number of rows")
+    places = _Places(recordings)
+    words: list[tuple[int, Line]] = []
+    for number, (_, count) in enumerate(names[0]):
+        if count > MOST_WORDS:
+            raise Unrepeatable(f"a call has {count} words")
+        words += [places.find(number, [each.calls[number][1][word] for each in recordings]) for word in range(count)]
+    out, line = places.find(len(names[0]), [each.out for each in recordings])
+    slots, buffers = places.share()
+    inputs = len(recordings[0].inputs)
+    first = _INPUTS + inputs
+    alike = all(each.out is not None and each.out.shape == each.inputs[0].shape for each in recordings)
+    if out < first or line != _ZERO or not alike:
+        raise Unrepeatable("what the last layer says is not like what the first one takes")
+    bases = [*range(first), *(first + slot for slot in slots)]
+    return Program(
+        calls=torch.tensor([[_address(name), count] for name, count in names[0]]),
+        lines=torch.tensor([[bases[base], line.fixed, line.each] for base, line in words]),
+        inputs=inputs,
+        shapes=recordings[0].shapes,
+        buffers=buffers,
+        out=slots[out - first],
+    )
+
+
+class _Places:
+    """Where the tensors of several recordings lie, in terms of their inputs and of buffers of ours."""
+
+    def __init__(self, recordings: Sequence[Recording]) -> None:
+        self._counts = [each.rows for each in recordings]
+        self._inputs = [{_storage(each): n for n, each in enumerate(one.inputs)} for one in recordings]
+        self._torchs = [{_storage(each) for each in one.torchs} for one in recordings]
+        self._first = _INPUTS + len(recordings[0].inputs)
+        self._buffers: list[dict[int, int]] = [{} for _ in recordings]  #: storage -> number
+        self._sizes: list[Line] = []
+        self._used: list[tuple[int, int]] = []  #: the first and the last call of each buffer
+
+    def find(self, number: int, values: Sequence[Value]) -> tuple[int, Line]:
+        """What the same word of each recording is counted from, and its distance from there, in a call."""
+        if all(isinstance(value, Threads) for value in values):
+            return _THREADS, _ZERO
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if not tensors:
+            return _NOTHING, self._line(map(word_of, values))
+        if len(tensors) < len(values):
+            raise Unrepeatable("a tensor is not always there")
+        storages = [_storage(value) for value in tensors]
+        inputs = {own.get(storage) for own, storage in zip(self._inputs, storages, strict=True)}
+        if len(inputs) > 1:
+            raise Unrepeatable("an input is not always the same one")
+        if (found := inputs.pop()) is not None:
+            return _INPUTS + found, self._line(map(_offset, tensors))
+        if len(set(storages)) == 1:  # of the model
+            return _NOTHING, self._line(value.data_ptr() for value in tensors)
+        return self._first + self._buffer(number, tensors), self._line(map(_offset, tensors))
+
+    def _buffer(self, number: int, tensors: Sequence[Tensor]) -> int:
+        """The buffer that a call's tensor is in."""
+        storages = [_storage(value) for value in tensors]
+        if any(storage in theirs for storage, theirs in zip(storages, self._torchs, strict=True)):
+            raise Unrepeatable("torch computes what our kernels read")
+        numbers = {own.setdefault(storage, len(own)) for own, storage in zip(self._buffers, storages, strict=True)}
+        if len(numbers) > 1:
+            raise Unrepeatable("its buffers are not always the same ones")
+        buffer = numbers.pop()
+        if buffer == len(self._sizes):
+            self._sizes.append(self._line(value.untyped_storage().nbytes() for value in tensors))
+            self._used.append((number, number))
+        self._used[buffer] = (self._used[buffer][0], number)
+        return buffer
+
+    def _line(self, values: Iterable[int]) -> Line:
+        return Line.through(self._counts, list(values))
+
+    def share(self) -> tuple[list[int], list[Line]]:
+        """One buffer for several whose times do not overlap: which each becomes, and their sizes."""
+        until: list[int] = []
+        sizes: list[Line] = []
+        slots = []
+        for (begin, end), size in zip(self._used, self._sizes, strict=True):  # in the order of their beginnings
+            slot = next((n for n, free in enumerate(until) if free < begin), len(until))
+            if slot == len(until):
+                until.append(end)
+                sizes.append(size)
+            until[slot] = end
+            sizes[slot] = Line(max(sizes[slot].fixed, size.fixed), max(sizes[slot].each, size.each))
+            slots.append(slot)
+        return slots, sizes
+
+
+def others(kwargs: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Tensors among a layer's arguments, and those of the pass."""
+    found: list[Tensor] = []
+    for value in kwargs.values():
+        if isinstance(value, Pass):
+            found += [value.layout(*shape) for shape in shapes]
+            found += [pool for pools in value.cache.layers.values() for pool in pools]
+        else:
+            found += [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, Tensor)]
+    return found
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
+    for parent in model.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList):
+                yield parent, name, child
+
+
+def _different(recordings: Sequence[Recording]) -> list[Recording]:
+    """One for each number of rows, of those that were made with all pools there."""
+    whole = max((len(each.inputs) for each in recordings), default=0)
+    return list({each.rows: each for each in recordings if len(each.inputs) == whole}.values())
+
+
+def _can_add(x: Any, y: Any) -> bool:
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype is y.dtype is torch.bfloat16):
+        return False
+    return x.shape == y.shape and x.is_contiguous() and y.is_contiguous() and x.shape[-1] % rows.LANES == 0
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _offset(tensor: Tensor) -> int:
+    return tensor.data_ptr() - _storage(tensor)
+
+
+def _address(name: str) -> int:
+    address = ctypes.cast(function(name), ctypes.c_void_p).value
+    assert address is not None
+    return address
