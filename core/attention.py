@@ -35,31 +35,46 @@ class UnknownArgument(EngineError):
         self.argument = argument
 
 
+class NoKernel(EngineError):
+    """Keys and values of eight bits, and nothing that reads them; the check at load turns this into a refusal."""
+
+    def __init__(self, group: int, head_size: int) -> None:
+        super().__init__(
+            f"keys and values in eight bits need AVX512_VNNI, a C++ compiler, at most {paged.MOST_QUERIES} queries a "
+            f"key ({group} here) and heads of a multiple of 16 numbers, at most {paged.MOST_HEAD_SIZE} ({head_size} here)"
+        )
+
+
 class KVCache:
     """One pool of key blocks and one of value blocks a layer, made when the layer first stores something.
 
     The memory is reserved and not touched: the system commits it as sequences grow.
     """
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: int, *, eight_bits: bool = False) -> None:
         self.blocks = blocks
-        #: keys [blocks, kv_heads, head_size, BLOCK_TOKENS], values [blocks, kv_heads, BLOCK_TOKENS, head_size]
+        self.eight_bits = eight_bits
+        #: keys [blocks, kv_heads, head_size, BLOCK_TOKENS], values [blocks, kv_heads, BLOCK_TOKENS, head_size]; in
+        #: eight bits uint8 [blocks, kv_heads, bytes] each
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Of all layers that have stored something."""
-        pools = [pool for pools in self.layers.values() for pool in pools]
-        return sum(pool.element_size() * pool[0].numel() for pool in pools) // BLOCK_TOKENS
+    def bytes_per_token(self, dtype: torch.dtype, *, eight_bits: bool) -> int:
+        """Of all layers that have stored something, were they kept like this."""
+        shapes = [keys.shape[1:3] for keys, _ in self.layers.values()]
+        return sum(2 * heads * (size + 4 if eight_bits else size * dtype.itemsize) for heads, size in shapes)
 
     def pools(self, layer: int, keys: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's pools, for keys [kv_heads, tokens, head_size]."""
         found = self.layers.get(layer)
         if found is None:
             kv_heads, _, head_size = keys.shape
-            shape = self.blocks, kv_heads, head_size, BLOCK_TOKENS
-            pool = torch.empty(shape, dtype=keys.dtype, device=keys.device)
-            found = self.layers[layer] = (pool, torch.empty_like(pool).view(*shape[:2], BLOCK_TOKENS, head_size))
+            if self.eight_bits:
+                shape, dtype = (self.blocks, kv_heads, paged.part_bytes(head_size)), torch.uint8
+                found = (torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+            else:
+                pool = torch.empty(self.blocks, kv_heads, head_size, BLOCK_TOKENS, dtype=keys.dtype, device=keys.device)
+                found = (pool, torch.empty_like(pool).view(self.blocks, kv_heads, BLOCK_TOKENS, head_size))
+            self.layers[layer] = found
         return found
 
     def copy(self, copies: tuple[tuple[int, int], ...]) -> None:
@@ -135,10 +150,12 @@ def attend(
     look = _read_look(module, attention_mask, arguments, query)
     pools = current.cache.pools(_layer(module), key[0])
     tensors = (query[0], key[0], value[0], *pools)
-    if (function := paged.kernel(pools[0], query.shape[1])) is not None:
+    if (function := paged.kernel(query[0], pools[0])) is not None:
         layout = current.layout(query.shape[1], key.shape[1])
         of_layer = (look.scale, look.softcap or 0.0, look.window or 0)
         out = paged.attend(function, tensors, len(current.batch.slots), layout, of_layer)
+    elif current.cache.eight_bits:
+        raise NoKernel(query.shape[1] // key.shape[1], query.shape[3])
     else:
         out = _attend_plainly(current, tensors, look)
     return out.unsqueeze(0), None

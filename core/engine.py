@@ -51,6 +51,9 @@ class EngineConfig:
     model: str = "smollm2-135m"  #: an alias, a folder or a hub name
     revision: str = ""  #: of a hub model
     dtype: str = "auto"  #: auto, float32, bfloat16 or int8
+    kv_dtype: str = (
+        "auto"  #: of keys and values: auto, model (what it computes in) or int8; auto is int8 with dtype int8
+    )
     device: str = "auto"  #: auto, cpu, cuda or cuda:N
     kv_memory: str = "auto"  #: of all keys and values: auto, or a size such as 2GiB
     max_model_len: int = 0  #: prompt and answer together, in tokens; 0: as much as the model takes
@@ -63,6 +66,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "int8"):
             raise ValueError(f"dtype: must be auto, float32, bfloat16 or int8, not {self.dtype!r}")
+        if self.kv_dtype not in ("auto", "model", "int8"):
+            raise ValueError(f"kv_dtype: must be auto, model or int8, not {self.kv_dtype!r}")
         for name, low in (("max_model_len", 0), ("max_running", 1), ("step_tokens", 1), ("threads", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: must be at least {low}, not {getattr(self, name)!r}")
@@ -78,7 +83,7 @@ class Engine:
         self._loaded = loaded
         self._scheduler = Scheduler(pool, max_running=config.max_running, prefix_cache=config.prefix_cache)
         self._budget = StepBudget(config.step_tokens)
-        self._runner = DecoderRunner(loaded.model, KVCache(pool.blocks))
+        self._runner = DecoderRunner(loaded.model, KVCache(pool.blocks, eight_bits=loaded.eight_bit_cache))
         self._jobs: dict[str, Choices[Sequence]] = {}  # the scheduler has those of their sequences that go on
         self.stats = self._scheduler.stats
         self._grammars = Grammars(loaded.tokenizer, loaded.vocab_size, loaded.end_ids)
@@ -97,7 +102,10 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         folder = resolve(config.model, revision=config.revision, token=config.hf_token)
-        return cls(load_model(folder, name=config.model, dtype=config.dtype, device=config.device), config)
+        loaded = load_model(
+            folder, name=config.model, dtype=config.dtype, kv_dtype=config.kv_dtype, device=config.device
+        )
+        return cls(loaded, config)
 
     @property
     def room(self) -> int:
@@ -288,7 +296,8 @@ def _card(loaded: LoadedModel, config: EngineConfig, slots: int) -> ModelCard:
         name=config.model,
         engine="torch",
         version=headrace_version(),
-        dtype="int8" if loaded.eight_bits else str(loaded.dtype).removeprefix("torch."),
+        dtype=("int8" if loaded.eight_bits else str(loaded.dtype).removeprefix("torch."))
+        + "-kv8" * loaded.eight_bit_cache,
         weights=loaded.weights,
         kinds=tuple(kind.value for kind in Kind),
         text=tokenizer is not None,

@@ -153,7 +153,7 @@ class Program:
 
     calls: Tensor  #: int64 [calls, 2]: the function, how many words
     lines: Tensor  #: int64 [words, 3]: counted from what, and the line
-    inputs: int
+    inputs: list[torch.dtype]
     shapes: list[tuple[int, int]]
     buffers: list[Line]  #: bytes of each
     out: int  #: in which of them the outcome is
@@ -190,7 +190,7 @@ class Chain(nn.Module):
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         inputs = [hidden, *others(kwargs, self._program.shapes)]
-        if len(inputs) == self._program.inputs and all(each.is_contiguous() for each in inputs):
+        if [each.dtype for each in inputs] == self._program.inputs and all(each.is_contiguous() for each in inputs):
             return self._program.run(inputs)
         for layer in self.layers:
             hidden = layer(hidden, **kwargs)  # the first pass with a new cache, which makes its pools
@@ -244,8 +244,8 @@ def write(recordings: Sequence[Recording]) -> Program:
         words += [places.find(number, [each.calls[number][1][word] for each in recordings]) for word in range(count)]
     out, line = places.find(len(names[0]), [each.out for each in recordings])
     slots, buffers = places.share()
-    inputs = len(recordings[0].inputs)
-    first = _INPUTS + inputs
+    inputs = [each.dtype for each in recordings[0].inputs]
+    first = _INPUTS + len(inputs)
     alike = all(each.out is not None and each.out.shape == each.inputs[0].shape for each in recordings)
     if out < first or line != _ZERO or not alike:
         raise Unrepeatable("what the last layer says is not like what the first one takes")

@@ -77,7 +77,7 @@ def test_a_chain_says_to_the_last_bit_what_its_layers_say_one_by_one(
             assert len(runs) == 9  # all but the first pass, which makes the pools
             assert torch.equal(one_by_one, as_one)
             with monkeypatch.context() as patch:
-                patch.setattr(chain, "_program", dataclasses.replace(chain._program, inputs=0))
+                patch.setattr(chain, "_program", dataclasses.replace(chain._program, inputs=[]))
                 assert torch.equal(logits_of(model, lengths)[1], as_one)
     finally:
         torch.set_num_threads(usual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from core.blocks import BLOCK_TOKENS
 from core.kernels.build import library
 from core.kernels.calls import THREADS, call
 
@@ -12,14 +13,31 @@ MOST_QUERIES = 48  #: of one piece of work
 MOST_HEAD_SIZE = 256
 
 
-def kernel(pool: Tensor, heads: int) -> str | None:
-    """The function for keys [blocks, kv_heads, head_size, BLOCK_TOKENS]; None where plain torch has to do."""
-    if pool.device.type != "cpu":
+def kernel(query: Tensor, pool: Tensor) -> str | None:
+    """The name of our function; None where plain torch has to do.
+
+    Args:
+        query: [heads, rows, head_size].
+        pool: of keys, [blocks, kv_heads, head_size, BLOCK_TOKENS], or in eight bits uint8 [blocks, kv_heads, bytes].
+    """
+    heads, _, head_size = query.shape
+    if (
+        pool.device.type != "cpu"
+        or head_size % 16
+        or head_size > MOST_HEAD_SIZE
+        or heads // pool.shape[1] > MOST_QUERIES
+    ):
         return None
-    head_size, group = pool.shape[2], heads // pool.shape[1]
-    if head_size % 16 or head_size > MOST_HEAD_SIZE or group > MOST_QUERIES or library() is None:
+    name = {torch.float32: "attend_float", torch.bfloat16: "attend_bfloat16"}.get(query.dtype)
+    if name is None or (found := library()) is None:
         return None
-    return {torch.float32: "attend_float", torch.bfloat16: "attend_bfloat16"}.get(pool.dtype)
+    name += "_int8" * (pool.dtype is torch.uint8)
+    return name if hasattr(found, name) else None
+
+
+def part_bytes(head_size: int) -> int:
+    """Of one block of one key-value head in eight bits: a number each, and what one is worth for each token."""
+    return BLOCK_TOKENS * (head_size + 4)
 
 
 def pieces_of(spans: Tensor, heads: int, kv_heads: int) -> Tensor:

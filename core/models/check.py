@@ -70,12 +70,31 @@ def check_attention(model: Any, name: str, max_model_len: int) -> KVCache:
 
 
 @torch.inference_mode()
-def fuse_checked(model: Any, name: str, *, eight_bits: bool = False) -> bool:
+def refuse_eight_bit_cache(model: Any) -> str:
+    """Why keys and values of this model cannot be kept in eight bits; empty where they can.
+
+    Args:
+        model: a Transformers decoder on its device, its attention ours.
+    """
+    texts = [_text(model, _TEXT), _text(model, _TEXT // 2)]
+    if model.device.type != "cpu":
+        return "keys and values in eight bits are for processors"
+    plain = _logits(model, texts, _cache_for(texts))
+    try:
+        found = _logits(model, texts, _cache_for(texts, eight_bits=True))
+    except EngineError as error:
+        return str(error)
+    return "" if _rounded(plain, found) else "with keys and values in eight bits its logits are others"
+
+
+@torch.inference_mode()
+def fuse_checked(model: Any, name: str, *, eight_bits: bool = False, eight_bit_cache: bool = False) -> bool:
     """Let our kernels compute the model where they can, unless it then says something else.
 
     Args:
         model: a Transformers decoder on its device, its attention ours.
         eight_bits: round weights to int8, except the vocabulary's.
+        eight_bit_cache: keys and values will be kept so.
 
     Returns:
         Whether they do now.
@@ -86,11 +105,11 @@ def fuse_checked(model: Any, name: str, *, eight_bits: bool = False) -> bool:
     if not fused:
         return False
     try:
-        cache = _cache_for(texts)
+        cache = _cache_for(texts, eight_bits=eight_bit_cache)
         if reason := chain(model, fused, lambda: _logits(model, texts, cache)):
             _log.info("model %r: its layers are called one by one: %s", name, reason)
         found = _logits(model, texts, cache)
-        if _difference(plain, found) <= _ROUNDING * max(float(logits.abs().max()) for logits in plain):
+        if _rounded(plain, found):
             return True
         reason = "its logits were others"
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
@@ -125,8 +144,8 @@ def _own_logits(model: Any, text: list[int]) -> Tensor:
     return logits
 
 
-def _cache_for(texts: list[list[int]]) -> KVCache:
-    return KVCache(sum(blocks_of(len(text)) for text in texts))
+def _cache_for(texts: list[list[int]], *, eight_bits: bool = False) -> KVCache:
+    return KVCache(sum(blocks_of(len(text)) for text in texts), eight_bits=eight_bits)
 
 
 def _logits(model: Any, texts: list[list[int]], cache: KVCache) -> list[Tensor]:
@@ -150,6 +169,11 @@ def _logits(model: Any, texts: list[list[int]], cache: KVCache) -> list[Tensor]:
         for mine, logits in zip(ours, output.logits[0].float().split([len(rows) for rows in keep]), strict=True):
             mine.append(logits)
     return [torch.cat(logits) for logits in ours]
+
+
+def _rounded(expected: list[Tensor], found: list[Tensor]) -> bool:
+    """Rounding explains the difference."""
+    return _difference(expected, found) <= _ROUNDING * max(float(logits.abs().max()) for logits in expected)
 
 
 def _difference(expected: list[Tensor], found: list[Tensor]) -> float:

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from core.attention import NAME, attend
 from core.errors import ModelRefused
-from core.models.check import check_attention, fuse_checked
+from core.models.check import check_attention, fuse_checked, refuse_eight_bit_cache
 from core.models.checksum import checksum
 from core.tokenizer import Tokenizer
 
@@ -38,11 +38,12 @@ class LoadedModel:
     end_ids: frozenset[int]  #: token ids that end an answer
     max_model_len: int  #: as the model says
     vocab_size: int  #: ids that may be put in
-    bytes_per_token: int  #: of keys and values, in all layers
+    eight_bit_cache: bool  #: keys and values are kept in eight bits
+    bytes_per_token: int  #: of them, in all layers
 
 
 def load_model(
-    folder: Path, *, name: str, dtype: str = "auto", device: str = "auto", kernels: bool = True
+    folder: Path, *, name: str, dtype: str = "auto", kv_dtype: str = "auto", device: str = "auto", kernels: bool = True
 ) -> LoadedModel:
     """Load and check a model.
 
@@ -50,6 +51,7 @@ def load_model(
         folder: with config.json, and safetensors or model.pth; a tokenizer or none.
         name: the one the operator gave, for messages.
         dtype: auto, float32, bfloat16 or int8; auto is bfloat16 where the device multiplies it faster.
+        kv_dtype: auto, model or int8; auto is int8 with dtype int8 where that can be, else what the model computes in.
         device: auto, cpu, cuda or cuda:N.
         kernels: ours compute what they can.
 
@@ -62,11 +64,17 @@ def load_model(
     model = _load_weights(folder, config, name).eval()
     limit = int(getattr(config, "max_position_embeddings", None) or _UNKNOWN_LENGTH)
     AttentionInterface.register(NAME, attend)
-    bytes_per_token = check_attention(model, name, limit).bytes_per_token * kind.itemsize // torch.float32.itemsize
+    cache = check_attention(model, name, limit)
     _convert(model, kind)
     model.to(target)
     eight_bits = dtype == "int8"
-    if not (kernels and fuse_checked(model, name, eight_bits=eight_bits)) and eight_bits:
+    eight_bit_cache = kv_dtype == "int8" or (kv_dtype == "auto" and eight_bits)
+    if eight_bit_cache and (reason := refuse_eight_bit_cache(model)):
+        if kv_dtype == "int8":
+            raise ModelRefused(name, reason)
+        eight_bit_cache = False
+    fused = kernels and fuse_checked(model, name, eight_bits=eight_bits, eight_bit_cache=eight_bit_cache)
+    if eight_bits and not fused:
         raise ModelRefused(name, "int8 needs a processor with AVX512_BF16 and AVX512_VNNI, and a C++ compiler")
     tokenizer = _load_tokenizer(folder, name)
     return LoadedModel(
@@ -79,7 +87,8 @@ def load_model(
         end_ids=frozenset(_end_ids(model, tokenizer)),
         max_model_len=limit,
         vocab_size=model.get_input_embeddings().num_embeddings,
-        bytes_per_token=bytes_per_token,
+        eight_bit_cache=eight_bit_cache,
+        bytes_per_token=cache.bytes_per_token(kind, eight_bits=eight_bit_cache),
     )
 
 
