@@ -238,7 +238,7 @@ def test_a_suspect_starts_alone_and_others_join_when_two_tokens_are_published(st
     make_suspect(store, "suspect")
     ids = [submit(store, f"j{n}") for n in range(5)]
     engine = Witness(step_seconds=0.005)
-    with working(valkey_url, engine, publish_seconds=0):
+    with working(valkey_url, engine):
         states = {ended(store, job_id).state for job_id in [*ids, "suspect"]}
 
     assert states == {JobState.SUCCEEDED}

@@ -90,12 +90,14 @@ class LastEngine(InstantEngine):
             self._stop.request()
 
 
-def work(store: Diary, *max_tokens: int, step_units: int = 1, publish_units: int = 4) -> list[tuple[int, int, int]]:
-    """Compute jobs of so many tokens that begin together; when was reported, in units, and what."""
+def work(
+    store: Diary, *max_tokens: int, step_units: int = 1, publish_units: int = 4, waiting: int = 0
+) -> list[tuple[int, int, int]]:
+    """Compute jobs of so many tokens, and those that wait, from one step on; when was reported, in units, and what."""
     for n, most in enumerate(max_tokens):
         store.submit(NewJob(id=f"j{n}", request=Request(prompt=f"{n}", params=SamplingParams(max_tokens=most))))
     settings, stop = WorkerSettings(engine="instant", worker_name="w1"), Stop(60)
-    engine = LastEngine(store.clock, step_units, len(max_tokens), stop)
+    engine = LastEngine(store.clock, step_units, len(max_tokens) + waiting, stop)
     rq = RqWorker("w1", connect(store.url), stop.request)
     presence = Presence(WorkerCard(name="w1", host="h", pid=1, model=engine.card), store, rq, Pulse(), 0.3)
     presence.arrive()
@@ -119,6 +121,18 @@ def test_a_step_longer_than_publish_seconds_is_reported_at_once(diary: Diary) ->
 
 def test_with_publish_seconds_0_each_step_is_reported(diary: Diary) -> None:
     assert work(diary, 4, publish_units=0) == [(1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 1, 1)]
+
+
+def test_beside_a_job_whose_worker_died_each_step_is_reported(diary: Diary) -> None:
+    """Else a job that kills its worker gets a few tokens further at each death, and no death counts as the second."""
+    card = InstantEngine().card
+    diary.birth(WorkerCard(name="doomed", host="h", pid=1, model=card))
+    diary.submit(NewJob(id="survivor", request=Request(prompt="x", params=SamplingParams(max_tokens=3))))
+    assert [job.id for job in diary.claim("doomed", card, 1, 0).jobs] == ["survivor"]
+    diary.expire_lease("doomed")
+    told = work(diary, 9, waiting=1)
+
+    assert told == [(1, 2, 0), (2, 2, 0), (3, 2, 1), (7, 4, 0), (9, 2, 1)]
 
 
 @pytest.mark.parametrize(("step_units", "steps"), [(1, 1 + 4), (5, 2)])

@@ -93,8 +93,13 @@ class Worker:
         self._hear(reported.refused, reported.cancels)
 
     def _send_report(self) -> None:
-        """Say what happened, if it is time: short steps share a report, while there is more to compute."""
-        if self._outbox and (not self._running or self._report.due()):
+        """Say what happened, if it is time: short steps share a report, while there is more to compute.
+
+        Not beside a job whose worker died: should it die of that job again, all that the job had drawn is published,
+        and the crash rule sees an attempt that got no further.
+        """
+        at_once = not self._running or any(running.crashes for running in self._running.values())
+        if self._outbox and (at_once or self._report.due()):
             self._outbox.send(self._store)
 
     def _renew(self) -> None:
