@@ -5,7 +5,8 @@
         --vllm-args "enable_prefix_caching=false enforce_eager=true"
 
 The workload of ``benchmarks.workload`` runs through a real worker process (32 rows) and a Valkey of its own that syncs
-each write to the disk; what happens in a step is published by one pipeline after it. Prints the median of the runs.
+each write to the disk; what happened is published by one pipeline between two steps, at most every 0.04 s
+(``publish_seconds``). Prints the median of the runs.
 """
 
 from __future__ import annotations

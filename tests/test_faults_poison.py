@@ -25,6 +25,7 @@ def test_a_job_that_kills_whoever_runs_it_is_a_dead_letter_and_its_neighbours_ne
 
     assert valkey.zrange(keys.FAILED, 0, -1) == [poison.id.encode()]
     assert json.loads(valkey.hget(f"{keys.JOB}{poison.id}", "error"))["code"] == "poison_job"
-    assert int(valkey.hget(f"{keys.JOB}{poison.id}", "attempt")) == deaths == 3
-    assert max(each.attempt for each in [*before, *after]) <= 3
+    assert int(valkey.hget(f"{keys.JOB}{poison.id}", "attempt")) == deaths
+    assert deaths in (3, 4)  # 4 where the first one came before all its tokens were published
+    assert max(each.attempt for each in [*before, *after]) <= deaths
     assert audit(valkey) == []

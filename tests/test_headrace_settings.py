@@ -68,6 +68,12 @@ def test_redis_url_and_hf_token_are_honoured_under_their_usual_names() -> None:
             "",
             "HEADRACE_LEASE_SECONDS: lease_seconds must be from 0.1 to 3600, not nan",
         ),
+        (
+            {"HEADRACE_PUBLISH_SECONDS": "-0.01"},
+            "",
+            "HEADRACE_PUBLISH_SECONDS: publish_seconds must be from 0 to 60, not -0.01",
+        ),
+        ({}, "publish_seconds = 61", "headrace.toml: publish_seconds: publish_seconds must be from 0 to 60, not 61"),
         ({}, "workers = 1.5", "headrace.toml: workers: workers must be a whole number, not 1.5"),
         ({}, "workers = true", "headrace.toml: workers: workers must be a whole number, not True"),
         ({}, "model = 7", "headrace.toml: model: model must be text, not 7"),

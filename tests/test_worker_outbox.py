@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import redis
 
 from core.errors import StoreUnavailable
-from core.request import TokenEvent
+from core.request import TokenEvent, TokenLogprob
 from jobs.job import JobState
-from jobs.store import Store
+from jobs.store import Publication, Reported, Settlement, Store
 from tests.conftest import Server, start_valkey
 from tests.jobs_world import add, born, result, settings, take, text_of, token
 from worker.outbox import Outbox
@@ -125,4 +126,116 @@ def test_a_job_that_was_taken_away_is_refused_and_forgotten(store: Store) -> Non
         outbox.drop(job_id)
 
     assert refused == {"a"}
+    assert len(outbox) == 0
+
+
+# -- several steps, one report
+
+
+def score(token_id: int) -> TokenLogprob:
+    return TokenLogprob(token_id=token_id, logprob=-token_id / 4, top=((token_id, -token_id / 4), (0, -9.0)))
+
+
+def said_by(store: Store, job_id: str) -> list[tuple[int, dict[str, Any]]]:
+    """Number and fields of each token event in the log."""
+    return [(event.number, event.fields) for event in store.events(job_id) if event.type == "token"]
+
+
+def fields(index: int, *token_ids: int) -> dict[str, Any]:
+    return {"index": index, "text": "".join(f"w{each} " for each in token_ids), "token_ids": [*token_ids]}
+
+
+def test_the_tokens_of_several_steps_in_one_report_are_one_event_a_choice(store: Store) -> None:
+    outbox, running = Outbox(), start(store)
+    for step in ((1, 2), (3, 4), (5, 6)):
+        for index, token_id in enumerate(step):
+            scored = {"logprobs": (score(token_id),)} if index else {}
+            outbox.publish(running, token("a", token_id, index=index, **scored))
+    outbox.publish(running, TokenEvent(job_id="a", text="", token_ids=(7,)))
+    outbox.send(store)
+    outbox.hear()
+
+    scores = [score(token_id).to_wire() for token_id in (2, 4, 6)]
+    first = {"index": 0, "text": "w1 w3 w5 ", "token_ids": [1, 3, 5, 7]}
+    assert said_by(store, "a") == [(1, first), (2, {**fields(1, 2, 4, 6), "logprobs": scores})]
+    assert running.published == 7
+    assert store.get("a").tokens_generated == 7
+    assert [each.token_ids for each in store.emitted("a")] == [(1, 3, 5, 7), (2, 4, 6)]
+
+
+def test_each_job_in_a_report_has_events_of_its_own(store: Store) -> None:
+    outbox, jobs = Outbox(), [start(store, "a"), start(store, "b")]
+    for token_id in (1, 2):
+        for running in jobs:
+            put(outbox, running, token_id)
+    outbox.send(store)
+    outbox.hear()
+
+    assert said_by(store, "a") == said_by(store, "b") == [(1, fields(0, 1, 2))]
+
+
+class Unheard(Store):
+    """Loses replies: the report is done, or nothing of it is, and the outbox is told that Redis is away."""
+
+    lose = ""  #: "reply" or "report"; empty: nothing is lost
+    sent: list[list[tuple[int, TokenEvent]]]  #: what each report held, by number
+
+    def begin_report(
+        self, publications: Sequence[Publication], settlements: Sequence[Settlement]
+    ) -> Callable[[], Reported]:
+        self.sent.append([(p.first + n, event) for p in publications for n, event in enumerate(p.events)])
+        if self.lose == "report":
+            raise StoreUnavailable("away")
+        read = super().begin_report(publications, settlements)
+        if not self.lose:
+            return read
+        read()
+        return self._away
+
+    def _away(self) -> Reported:
+        raise StoreUnavailable("away")
+
+
+@pytest.fixture
+def unheard(own_valkey: Server) -> Iterator[Unheard]:
+    store = Unheard(settings(own_valkey.url, durability="memory"))
+    store.sent = []
+    born(store)
+    yield store
+    store.close()
+
+
+def lose_report(outbox: Outbox, store: Unheard, what: str) -> None:
+    store.lose = what
+    with pytest.raises(StoreUnavailable):  # noqa: PT012  # one of the two says so
+        outbox.send(store)
+        outbox.hear()
+    store.lose = ""
+
+
+@pytest.mark.parametrize("what", ["reply", "report"])
+def test_what_was_sent_and_never_answered_keeps_its_numbers_and_its_content_though_more_tokens_came(
+    unheard: Unheard, what: str
+) -> None:
+    """A half-known event would swallow the tokens that joined it, or repeat its own."""
+    outbox, running = Outbox(), start(unheard)
+    put(outbox, running, 1, 2)
+    lose_report(outbox, unheard, what)
+    put(outbox, running, 3, 4)
+    lose_report(outbox, unheard, what)
+    put(outbox, running, 5)
+    outbox.send(unheard)
+    put(outbox, running, 6)
+    outbox.hear()
+    outbox.finish(running, result())
+    outbox.send(unheard)
+    outbox.hear()
+
+    first, second, third, last = unheard.sent
+    assert second[:1] == first
+    assert third[:2] == second
+    assert [number for number, _ in third + last] == [1, 2, 3, 4]
+    assert said_by(unheard, "a") == [(1, fields(0, 1, 2)), (2, fields(0, 3, 4)), (3, fields(0, 5)), (4, fields(0, 6))]
+    assert running.published == 6
+    assert unheard.get("a").state is JobState.SUCCEEDED
     assert len(outbox) == 0

@@ -168,14 +168,17 @@ def answer(prompt: str, **params: Any) -> dict[str, Any]:
 
 
 def tokens(job: Job) -> int:
-    """Token events published so far."""
-    return sum(event.type == "token" for event in log_of(job))
+    """Tokens published so far, of all choices."""
+    return sum(len(event.fields["token_ids"]) for event in log_of(job) if event.type == "token")
 
 
 @contextmanager
-def working(url: str, engine: EngineProtocol | None = None, *, step_ms: float = 2, name: str = "w1") -> Iterator[Stop]:
+def working(
+    url: str, engine: EngineProtocol | None = None, *, step_ms: float = 2, name: str = "w1", **changes: Any
+) -> Iterator[Stop]:
     """A worker in a thread of this process; it hands back at once what runs when the block ends."""
-    settings = WorkerSettings(lease_seconds=1, tick_seconds=0.1, drain_seconds=0, worker_name=name, engine="instant")
+    quick: dict[str, Any] = {"lease_seconds": 1, "tick_seconds": 0.1, "drain_seconds": 0, "engine": "instant"}
+    settings = WorkerSettings(**{**quick, "worker_name": name, **changes})
     stop = Stop(settings.drain_seconds)
     engine = engine or InstantEngine(InstantConfig(step_seconds=step_ms / 1000))
     worker = build(settings, store_settings(url), engine, stop)

@@ -18,6 +18,7 @@ from jobs.settings import SettingError, StoreSettings
 from jobs.store import Store, WorkerCard
 from worker.cores import CoreShare, read_boot_id
 from worker.loop import Worker
+from worker.outage import Every
 from worker.presence import Presence
 from worker.pulse import Pulse
 from worker.rq_worker import RqWorker
@@ -81,7 +82,7 @@ def build(
     patiently(presence.arrive, stop)
     log.info("worker %s serves %s", name, engine.card.name)
     upkeep = Upkeep(store, divide_cores(settings, store), settings.tick_seconds)
-    return Worker(engine, store, presence, upkeep, stop, settings.publish_seconds)
+    return Worker(engine, store, presence, upkeep, stop, Every(settings.publish_seconds, time.monotonic))
 
 
 def divide_cores(settings: WorkerSettings, store: Store) -> CoreShare:

@@ -7,7 +7,7 @@ returns stops both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from core.bounds import Wire
 from core.errors import EngineChanged, HeadraceError, JobTimeout, StoreUnavailable
@@ -35,22 +35,22 @@ class Worker:
         presence: Presence,
         upkeep: Upkeep,
         stop: Stop,
-        publish_seconds: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
+        report: Every,
     ) -> None:
+        """Take the parts; ``report`` is when tokens may be sent while there are more to compute."""
         self._engine = engine
         self._store = store
         self._presence = presence
         self._upkeep = upkeep
         self._stop = stop
-        self._clock = clock
+        self._clock = time.monotonic
         self._running: dict[str, Running] = {}  # in the order of their claims
         self._outbox = Outbox()
-        self._report = Every(publish_seconds, clock)
+        self._report = report
         self._gate = Gate()
-        self._outage = Outage(clock)
+        self._outage = Outage(self._clock)
         self._more = False  # the last claim stopped before the queue's end
-        self._started = clock()
+        self._started = self._clock()
         self._apart = 0.0  # seconds in step() or asleep: the rest is what the loop itself costs
 
     def run(self) -> None:
@@ -84,6 +84,7 @@ class Worker:
         except StoreUnavailable as error:
             self._outage.begin(error)
             self._presence.hurry()  # a claim may have been done and its reply lost: the next beat tells
+            self._report.hurry()  # what was not answered is sent again when Redis is back
         else:
             self._outage.end()
 
@@ -92,8 +93,13 @@ class Worker:
         self._hear(reported.refused, reported.cancels)
 
     def _send_report(self) -> None:
-        """Say what happened, if it is time: short steps share a report, while there is more to compute."""
-        if self._outbox and (not self._running or self._report.due()):
+        """Say what happened, if it is time: short steps share a report, while there is more to compute.
+
+        Not beside a job whose worker died: should it die of that job again, all that the job had drawn is published,
+        and the crash rule sees an attempt that got no further.
+        """
+        at_once = not self._running or any(running.crashes for running in self._running.values())
+        if self._outbox and (at_once or self._report.due()):
             self._outbox.send(self._store)
 
     def _renew(self) -> None:

@@ -22,6 +22,7 @@ class Running:
     deadline_at: float  #: then it ends as EXPIRED, with what it has
     timeout_at: float  #: then it has failed
     timeout_seconds: float
+    crashes: int = 0  #: workers that died of it, or beside it
     published: int = 0  #: tokens of this attempt that Redis has
     ending: FinishReason | None = None  #: the engine was told to end it, and why
 
@@ -30,7 +31,7 @@ class Running:
         """A job that is claimed now."""
         timeout = math.inf if job.timeout_seconds is None else job.timeout_seconds
         deadline = math.inf if job.deadline_in_seconds is None else job.deadline_in_seconds
-        return cls(job.id, job.attempt, job.next_event, now + deadline, now + timeout, timeout)
+        return cls(job.id, job.attempt, job.next_event, now + deadline, now + timeout, timeout, job.crashes)
 
 
 class Gate:

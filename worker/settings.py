@@ -12,7 +12,6 @@ ENGINES = ("torch", "instant", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-LONGEST_STALL = 86_400  #: seconds
 MOST_VLLM_ARGS = 4_096  #: characters
 
 
@@ -60,8 +59,9 @@ class WorkerSettings:
         for name, low in _LEAST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: must be at least {low:g}, not {getattr(self, name)!r}")
-        if self.stall_seconds > LONGEST_STALL:
-            raise ValueError(f"stall_seconds: must be at most {LONGEST_STALL}, not {self.stall_seconds!r}")
+        for name, high in _MOST.items():
+            if not getattr(self, name) <= high:
+                raise ValueError(f"{name}: must be at most {high:g}, not {getattr(self, name)!r}")
 
     @property
     def beat_seconds(self) -> float:
@@ -83,6 +83,7 @@ _LEAST = {
     "drain_seconds": 0,
     "stall_seconds": 0,
 }
+_MOST = {"publish_seconds": 60, "stall_seconds": 86_400}
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

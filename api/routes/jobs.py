@@ -62,7 +62,7 @@ async def get(here: Here, job_id: Id, query: Annotated[WaitQuery, Query()]) -> R
 
 @router.post("/{job_id}/cancel")
 async def cancel(here: Here, job_id: Id) -> Response:
-    """End a job with what it has; a running one ends within a step or two."""
+    """End a job with what it has; a running one ends as soon as its worker hears of it."""
     return json_answer(await here.wire(await here.store.cancel(job_id)))
 
 

@@ -1,0 +1,155 @@
+"""When the loop reports, with a clock that only steps and looks move: short steps share a report, long ones do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from core.errors import StoreUnavailable
+from core.instant import InstantConfig, InstantEngine
+from core.request import Emitted, Request, SamplingParams
+from jobs.connection import connect
+from jobs.job import JobState, NewJob
+from jobs.store import Publication, Reported, Settlement, Store, WorkerCard
+from tests.worker_world import store_settings
+from worker.engine_process import divide_cores
+from worker.loop import Worker
+from worker.outage import Every
+from worker.presence import Presence
+from worker.pulse import Pulse
+from worker.rq_worker import RqWorker
+from worker.settings import WorkerSettings
+from worker.stop import Stop
+from worker.upkeep import Upkeep
+
+UNIT = 1 / 64  #: seconds; floating point knows it exactly
+LOOK = UNIT / 2**16  #: what a look at the clock takes, so that a loop that waits for a time gets there
+
+
+class FakeClock:
+    """Stands still but for sleeps, and a little at each look."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        self.seconds += LOOK
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    @property
+    def units(self) -> int:
+        return int(self.seconds / UNIT)
+
+
+class Diary(Store):
+    """Notes when each report was sent, and how many tokens and ends were in it."""
+
+    url: str
+    clock: FakeClock
+    told: list[tuple[int, int, int]]
+    lost: int = 0  #: so many reports do not arrive
+    cancelling: str = ""  #: a job that somebody cancels once the first report is there
+
+    def begin_report(
+        self, publications: Sequence[Publication], settlements: Sequence[Settlement]
+    ) -> Callable[[], Reported]:
+        tokens = sum(len(event.token_ids) for each in publications for event in each.events)
+        self.told.append((self.clock.units, tokens, len(settlements)))
+        if len(self.told) <= self.lost:
+            raise StoreUnavailable("away")
+        read = super().begin_report(publications, settlements)
+        if self.cancelling and len(self.told) == 1:
+            self.cancel(self.cancelling)
+        return read
+
+
+@pytest.fixture
+def diary(valkey_url: str) -> Iterator[Diary]:
+    store = Diary(store_settings(valkey_url))
+    store.url, store.clock, store.told = valkey_url, FakeClock(), []
+    yield store
+    store.close()
+
+
+class LastEngine(InstantEngine):
+    """Tells its worker to drain once it has taken in so many jobs."""
+
+    def __init__(self, clock: FakeClock, step_units: int, jobs: int, stop: Stop) -> None:
+        super().__init__(InstantConfig(step_seconds=step_units * UNIT), sleep=clock.sleep)
+        self._missing = jobs
+        self._stop = stop
+
+    def add(self, job_id: str, request: Request, emitted: tuple[Emitted, ...] = ()) -> None:
+        super().add(job_id, request, emitted)
+        self._missing -= 1
+        if self._missing == 0:
+            self._stop.request()
+
+
+def work(
+    store: Diary, *max_tokens: int, step_units: int = 1, publish_units: int = 4, waiting: int = 0
+) -> list[tuple[int, int, int]]:
+    """Compute jobs of so many tokens, and those that wait, from one step on; when was reported, in units, and what."""
+    for n, most in enumerate(max_tokens):
+        store.submit(NewJob(id=f"j{n}", request=Request(prompt=f"{n}", params=SamplingParams(max_tokens=most))))
+    settings, stop = WorkerSettings(engine="instant", worker_name="w1"), Stop(60)
+    engine = LastEngine(store.clock, step_units, len(max_tokens) + waiting, stop)
+    rq = RqWorker("w1", connect(store.url), stop.request)
+    presence = Presence(WorkerCard(name="w1", host="h", pid=1, model=engine.card), store, rq, Pulse(), 0.3)
+    presence.arrive()
+    upkeep = Upkeep(store, divide_cores(settings, store), 60)
+    Worker(engine, store, presence, upkeep, stop, Every(publish_units * UNIT, store.clock)).run()
+    return store.told
+
+
+def test_short_steps_share_reports_that_are_publish_seconds_apart_and_the_last_goes_at_once(diary: Diary) -> None:
+    assert work(diary, 20) == [(1, 1, 0), (5, 4, 0), (9, 4, 0), (13, 4, 0), (17, 4, 0), (20, 3, 1)]
+    assert [len(event.fields["token_ids"]) for event in diary.events("j0")[1:-1]] == [1, 4, 4, 4, 4, 3]
+
+
+def test_the_end_of_a_job_waits_for_the_next_report_while_others_are_computed(diary: Diary) -> None:
+    assert work(diary, 3, 8) == [(1, 2, 0), (5, 4 + 2, 1), (8, 3, 1)]
+
+
+def test_a_step_longer_than_publish_seconds_is_reported_at_once(diary: Diary) -> None:
+    assert work(diary, 4, step_units=5) == [(5, 1, 0), (10, 1, 0), (15, 1, 0), (20, 1, 1)]
+
+
+def test_with_publish_seconds_0_each_step_is_reported(diary: Diary) -> None:
+    assert work(diary, 4, publish_units=0) == [(1, 1, 0), (2, 1, 0), (3, 1, 0), (4, 1, 1)]
+
+
+def test_beside_a_job_whose_worker_died_each_step_is_reported(diary: Diary) -> None:
+    """Else a job that kills its worker gets a few tokens further at each death, and no death counts as the second."""
+    card = InstantEngine().card
+    diary.birth(WorkerCard(name="doomed", host="h", pid=1, model=card))
+    diary.submit(NewJob(id="survivor", request=Request(prompt="x", params=SamplingParams(max_tokens=3))))
+    assert [job.id for job in diary.claim("doomed", card, 1, 0).jobs] == ["survivor"]
+    diary.expire_lease("doomed")
+    told = work(diary, 9, waiting=1)
+
+    assert told == [(1, 2, 0), (2, 2, 0), (3, 2, 1), (7, 4, 0), (9, 2, 1)]
+
+
+@pytest.mark.parametrize(("step_units", "steps"), [(1, 1 + 4), (5, 2)])
+def test_a_cancellation_is_heard_with_the_next_report_and_obeyed_in_the_step_behind_it(
+    diary: Diary, step_units: int, steps: int
+) -> None:
+    diary.cancelling = "j0"
+    told = work(diary, 1_000, step_units=step_units)
+
+    assert told[-1][0] <= (steps + 2) * step_units
+    assert diary.get("j0").state is JobState.CANCELLED
+
+
+def test_a_report_that_did_not_arrive_is_sent_again_as_soon_as_redis_answers(diary: Diary) -> None:
+    diary.lost = 1
+    lost, again, last = work(diary, 8_000, publish_units=100_000)
+
+    assert lost == (1, 1, 0)
+    assert again[0] == again[1]
+    assert again[0] < last[0] == 8_000
