@@ -40,8 +40,9 @@ class NoKernel(EngineError):
 
     def __init__(self, group: int, head_size: int) -> None:
         super().__init__(
-            f"keys and values in eight bits need AVX512_VNNI, a C++ compiler, at most {paged.MOST_QUERIES} queries a "
-            f"key ({group} here) and heads of a multiple of 16 numbers, at most {paged.MOST_HEAD_SIZE} ({head_size} here)"
+            "keys and values in eight bits need AVX512_VNNI, a C++ compiler, "
+            f"at most {paged.MOST_QUERIES} queries a key ({group} here) "
+            f"and heads of a multiple of 16 numbers, at most {paged.MOST_HEAD_SIZE} ({head_size} here)"
         )
 
 

@@ -152,7 +152,8 @@ def _load(given: argparse.Namespace) -> EngineProtocol:
     keep_calm(given.dtype, os.environ)
     from core.engine import Engine, EngineConfig
 
-    names = ("model", "revision", "dtype", "device", "kv_memory", "max_model_len", "max_running", "step_tokens")
+    words = ("model", "revision", "dtype", "kv_dtype", "device", "kv_memory")
+    names = (*words, "max_model_len", "max_running", "step_tokens")
     options = {name: getattr(given, name) for name in names}
     token = os.environ.get("HEADRACE_HF_TOKEN") or os.environ.get("HF_TOKEN", "")
     return Engine.load(EngineConfig(**options, threads=given.threads, hf_token=token))
@@ -167,8 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m core.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engine", default="torch", choices=("torch", "instant"))
-    for name, default in (("model", "smollm2-135m"), ("revision", ""), ("dtype", "auto"), ("device", "auto")):
+    for name, default in (("model", "smollm2-135m"), ("revision", "")):
         parser.add_argument(f"--{name}", default=default)
+    for name in ("dtype", "kv-dtype", "device"):
+        parser.add_argument(f"--{name}", default="auto")
     parser.add_argument("--kv-memory", default="auto")
     for name, number in (("max-model-len", 0), ("max-running", 32), ("step-tokens", 256), ("threads", 0)):
         parser.add_argument(f"--{name}", type=int, default=number)

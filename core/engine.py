@@ -17,7 +17,7 @@ from core.choices import Choices
 from core.draws import draws_of
 from core.errors import GrammarRefused, HeadraceError, ModelRefused, OutOfMemory
 from core.grammar import Constraint, Grammars
-from core.memory import available_bytes, free_unused, is_out_of_memory, parse_size, usual_tokens
+from core.memory import cache_tokens, free_unused, is_out_of_memory, parse_size, usual_tokens
 from core.models.load import LoadedModel, load_model
 from core.models.source import resolve
 from core.reader import Reader
@@ -34,9 +34,11 @@ from core.request import (
 )
 from core.runners.decoder import DecoderRunner
 from core.sampler import Drawn, draw
-from core.scheduler import Scheduler, Slice, Step
+from core.scheduler import Scheduler, Step
 from core.sequence import Sequence
 
+DTYPES = ("auto", "float32", "bfloat16", "int8")
+KV_DTYPES = ("auto", "model", "int8")
 _PATIENCE_SECONDS = 0.02  #: of a step in which every job waits for its grammar
 
 
@@ -64,10 +66,9 @@ class EngineConfig:
     hf_token: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16", "int8"):
-            raise ValueError(f"dtype: must be auto, float32, bfloat16 or int8, not {self.dtype!r}")
-        if self.kv_dtype not in ("auto", "model", "int8"):
-            raise ValueError(f"kv_dtype: must be auto, model or int8, not {self.kv_dtype!r}")
+        for name, known in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         for name, low in (("max_model_len", 0), ("max_running", 1), ("step_tokens", 1), ("threads", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: must be at least {low}, not {getattr(self, name)!r}")
@@ -102,10 +103,7 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
         folder = resolve(config.model, revision=config.revision, token=config.hf_token)
-        loaded = load_model(
-            folder, name=config.model, dtype=config.dtype, kv_dtype=config.kv_dtype, device=config.device
-        )
-        return cls(loaded, config)
+        return cls(load_model(folder, config.model, config.dtype, config.kv_dtype, config.device), config)
 
     @property
     def room(self) -> int:
@@ -238,7 +236,7 @@ class Engine:
             sequence, tokens = piece.sequence, [next(rows) for _ in range(count)]
             if sequence.job_id not in self._jobs:
                 continue  # it failed with another of its choices
-            self._count_prompt(piece)
+            self.stats.prompt_tokens += max(0, min(piece.end, sequence.prompt_tokens) - piece.begin)
             if tokens and sequence.rules is not None and sequence.rules.refusal is not None:
                 events.append(self._fail(sequence.job_id, sequence.rules.refusal))
                 continue
@@ -263,9 +261,6 @@ class Engine:
         job = self._jobs[sequence.job_id]
         return [self._finish(job)] if job.ended else []
 
-    def _count_prompt(self, piece: Slice) -> None:
-        self.stats.prompt_tokens += max(0, min(piece.end, piece.sequence.prompt_tokens) - piece.begin)
-
 
 def _accept(sequence: Sequence, token: Drawn) -> TokenEvent:
     return TokenEvent(
@@ -280,11 +275,8 @@ def _accept(sequence: Sequence, token: Drawn) -> TokenEvent:
 def _slots(loaded: LoadedModel, config: EngineConfig) -> int:
     """How many tokens' keys and values there is memory for."""
     limit = min(filter(None, (config.max_model_len, loaded.max_model_len)))
-    if config.kv_memory != "auto":
-        slots = parse_size(config.kv_memory) // loaded.bytes_per_token
-    else:
-        wanted = usual_tokens(config.max_running, limit) + config.max_running * BLOCK_TOKENS
-        slots = min(wanted, available_bytes(loaded.device) // loaded.bytes_per_token)
+    wanted = usual_tokens(config.max_running, limit) + config.max_running * BLOCK_TOKENS
+    slots = cache_tokens(config.kv_memory, loaded.bytes_per_token, wanted, loaded.device)
     if slots < BLOCK_TOKENS:
         raise ModelRefused(config.model, f"kv_memory holds {slots} tokens of it, and {BLOCK_TOKENS} are the least")
     return slots
@@ -296,8 +288,7 @@ def _card(loaded: LoadedModel, config: EngineConfig, slots: int) -> ModelCard:
         name=config.model,
         engine="torch",
         version=headrace_version(),
-        dtype=("int8" if loaded.eight_bits else str(loaded.dtype).removeprefix("torch."))
-        + "-kv8" * loaded.eight_bit_cache,
+        dtype=loaded.computes_in,
         weights=loaded.weights,
         kinds=tuple(kind.value for kind in Kind),
         text=tokenizer is not None,

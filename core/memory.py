@@ -46,6 +46,13 @@ def usual_tokens(max_running: int, max_model_len: int) -> int:
     return max(max_running * min(max_model_len, USUAL_TOKENS), max_model_len)
 
 
+def cache_tokens(memory: str, bytes_per_token: int, wanted: int, device: torch.device) -> int:
+    """Slots that ``memory`` holds; of ``auto`` as many as are wanted, where there is so much."""
+    if memory != "auto":
+        return parse_size(memory) // bytes_per_token
+    return min(wanted, available_bytes(device) // bytes_per_token)
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """An allocation failed: smaller ones may not."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):

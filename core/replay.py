@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.attention import Pass
 from core.fused import Fused
-from core.kernels import rows
-from core.kernels.calls import MOST_WORDS, Threads, Value, function, listened, word_of
+from core.kernels.calls import MOST_WORDS, Threads, Value, function, word_of
+from core.recording import Recorder, Recording, others, storage
 
 PASSES = 3  #: two make a line, and the third has to be on it
 _NOTHING, _THREADS, _INPUTS = 0, 1, 2  #: what addresses are counted from: none, and then inputs and buffers
 _LINE_BYTES = 64  #: of the processor's cache
-_EMPTY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided)
 
 
 class Unrepeatable(Exception):
@@ -54,97 +50,6 @@ class Line:
 
 
 _ZERO = Line(0, 0)
-
-
-@dataclass(slots=True, eq=False)
-class Recording:
-    """One pass through the layers. Keeps every tensor, so that no address means two things."""
-
-    inputs: list[Tensor]
-    shapes: list[tuple[int, int]] = field(default_factory=list)  #: of attention: heads and key-value heads
-    calls: list[tuple[str, tuple[Value, ...]]] = field(default_factory=list)
-    torchs: list[Tensor] = field(default_factory=list)  #: what torch itself has written
-    out: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.inputs[0].shape[1]
-
-    def note(self, name: str, values: tuple[Value, ...]) -> None:
-        self.calls.append((name, values))
-
-
-class _Torch(TorchDispatchMode):
-    """Notes what torch computes between our kernels; a sum becomes one of them."""
-
-    def __init__(self, recording: Recording) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._recording = recording
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.add.Tensor and not kwargs and _can_add(*args):
-            return rows.add(*args)
-        given = [each for each in args if isinstance(each, Tensor)]
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in _EMPTY:
-            return out
-        known = {_storage(each) for each in given}
-        found = [each for each in (out if isinstance(out, tuple | list) else [out]) if isinstance(each, Tensor)]
-        if func._schema.is_mutable or any(_storage(each) not in known for each in found):
-            self._recording.torchs += [*found, *(given if func._schema.is_mutable else ())]
-        return out
-
-
-class _Recorder:
-    """Listens at the layers while the model is run."""
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self.recordings: list[Recording] = []
-        self.alike = True  #: each layer was called with what the one before it said, and else with the same
-        self._last = len(layers) - 1
-        self._stack = ExitStack()
-        self._handles = [
-            handle
-            for number, layer in enumerate(layers)
-            for handle in (
-                layer.register_forward_pre_hook(self._before(number), with_kwargs=True),
-                layer.register_forward_hook(self._after(number), with_kwargs=True),
-            )
-        ]
-        self._hidden: Any = None
-        self._others: dict[str, Any] = {}
-
-    def close(self) -> None:
-        self._stack.close()
-        for handle in self._handles:
-            handle.remove()
-
-    def _before(self, number: int) -> Callable[..., None]:
-        def begin(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if number:
-                same = kwargs.keys() == self._others.keys()
-                same = same and all(value is self._others[name] for name, value in kwargs.items())
-                self.alike = self.alike and same and len(args) == 1 and args[0] is self._hidden
-                return
-            self._others = kwargs
-            recording = Recording([args[0]])
-            self.recordings.append(recording)
-            self._stack.enter_context(listened(recording.note))
-            self._stack.enter_context(_Torch(recording))
-
-        return begin
-
-    def _after(self, number: int) -> Callable[..., None]:
-        def end(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            self._hidden = out
-            if number == self._last:
-                self._stack.close()
-                recording, current = self.recordings[-1], kwargs["headrace"]
-                recording.shapes = list(current.shapes)
-                recording.inputs += others(kwargs, recording.shapes)
-                recording.out = out
-
-        return end
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -211,7 +116,7 @@ def chain(model: Any, fused: Fused, run: Callable[[], object]) -> str:
     parent, name, layers = max(_lists(model), key=lambda found: len(found[2]), default=(model, "", nn.ModuleList()))
     if not len(layers):
         return "it has no list of layers"
-    recorder = _Recorder(layers)
+    recorder = Recorder(layers)
     try:
         run()
         if not recorder.alike:
@@ -265,8 +170,8 @@ class _Places:
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
         self._counts = [each.rows for each in recordings]
-        self._inputs = [{_storage(each): n for n, each in enumerate(one.inputs)} for one in recordings]
-        self._torchs = [{_storage(each) for each in one.torchs} for one in recordings]
+        self._inputs = [{storage(each): n for n, each in enumerate(one.inputs)} for one in recordings]
+        self._torchs = [{storage(each) for each in one.torchs} for one in recordings]
         self._first = _INPUTS + len(recordings[0].inputs)
         self._buffers: list[dict[int, int]] = [{} for _ in recordings]  #: storage -> number
         self._sizes: list[Line] = []
@@ -281,7 +186,7 @@ class _Places:
             return _NOTHING, self._line(map(word_of, values))
         if len(tensors) < len(values):
             raise Unrepeatable("a tensor is not always there")
-        storages = [_storage(value) for value in tensors]
+        storages = [storage(value) for value in tensors]
         inputs = {own.get(storage) for own, storage in zip(self._inputs, storages, strict=True)}
         if len(inputs) > 1:
             raise Unrepeatable("an input is not always the same one")
@@ -293,7 +198,7 @@ class _Places:
 
     def _buffer(self, number: int, tensors: Sequence[Tensor]) -> int:
         """The buffer that a call's tensor is in."""
-        storages = [_storage(value) for value in tensors]
+        storages = [storage(value) for value in tensors]
         if any(storage in theirs for storage, theirs in zip(storages, self._torchs, strict=True)):
             raise Unrepeatable("torch computes what our kernels read")
         numbers = {own.setdefault(storage, len(own)) for own, storage in zip(self._buffers, storages, strict=True)}
@@ -325,18 +230,6 @@ class _Places:
         return slots, sizes
 
 
-def others(kwargs: dict[str, Any], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Tensors among a layer's arguments, and those of the pass."""
-    found: list[Tensor] = []
-    for value in kwargs.values():
-        if isinstance(value, Pass):
-            found += [value.layout(*shape) for shape in shapes]
-            found += [pool for pools in value.cache.layers.values() for pool in pools]
-        else:
-            found += [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, Tensor)]
-    return found
-
-
 def _lists(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]:
     for parent in model.modules():
         for name, child in parent.named_children():
@@ -350,18 +243,8 @@ def _different(recordings: Sequence[Recording]) -> list[Recording]:
     return list({each.rows: each for each in recordings if len(each.inputs) == whole}.values())
 
 
-def _can_add(x: Any, y: Any) -> bool:
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype is y.dtype is torch.bfloat16):
-        return False
-    return x.shape == y.shape and x.is_contiguous() and y.is_contiguous() and x.shape[-1] % rows.LANES == 0
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def _offset(tensor: Tensor) -> int:
-    return tensor.data_ptr() - _storage(tensor)
+    return tensor.data_ptr() - storage(tensor)
 
 
 def _address(name: str) -> int:

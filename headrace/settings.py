@@ -88,6 +88,9 @@ class Settings:
     model: str = _setting("smollm2-135m", "alias, folder, or name on the hub", **_NAME)
     revision: str = _setting("", "revision of a hub model")
     dtype: str = _setting("auto", "numbers the model computes in", choices=("auto", "float32", "bfloat16", "int8"))
+    kv_dtype: str = _setting(
+        "auto", "keys and values: int8, or as the model; auto: int8 with dtype int8", choices=("auto", "model", "int8")
+    )
     device: str = _setting("auto", "where it computes", choices=("auto", "cpu", "cuda"))
     engine: str = _setting(
         "torch", "instant: no model, for tests; vllm: many cards", choices=("torch", "instant", "vllm")

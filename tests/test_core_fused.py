@@ -70,6 +70,21 @@ def test_a_row_of_a_product_does_not_know_its_neighbours(eight_bits: bool, numbe
     assert torch.equal(product(x, packed, torch.float32), alone)
 
 
+@pytest.mark.parametrize("inputs", [64, 68, 128, 132, 256, 576])
+def test_rows_in_eight_bits_are_rounded_by_groups_so_that_an_outlier_spoils_its_own_alone(inputs: int) -> None:
+    weight, x = random(40, inputs, seed=1), random(5, inputs)
+    x[:, 3] = 1000
+    rounded = [rounded_in_eight_bits(each) for each in x.float().split(products.GROUP, 1)]
+    expected = torch.cat(rounded, 1) @ rounded_in_eight_bits(weight.float()).T
+    found = product(x, pack([weight], [None], eight_bits=True), torch.float32)
+    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def rounded_in_eight_bits(rows: Tensor) -> Tensor:
+    worth = rows.abs().amax(1, keepdim=True) / 127
+    return (rows / worth).round() * worth
+
+
 def test_embeddings_are_read_from_the_weights_of_the_product() -> None:
     weight, numbers = random(70, 64), torch.tensor([[0, 69, 31, 32, 5]])
     assert torch.equal(products.rows_of(pack([weight], [None]), numbers), weight[numbers])
@@ -189,14 +204,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def engine_of(folder: Path, **settings: Any) -> Engine:
-    return Engine.load(EngineConfig(model=str(folder), dtype="bfloat16", **{"kv_memory": "2MiB", **settings}))
+def engine_of(folder: Path, dtype: str, **settings: Any) -> Engine:
+    return Engine.load(EngineConfig(model=str(folder), dtype=dtype, **{"kv_memory": "2MiB", **settings}))
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> list[Any]:
-    engine = engine_of(folder, prefix_cache=False)
-    return [engine.generate([request])[0].choices for request in REQUESTS]
+def alone(folder: Path) -> dict[str, list[Any]]:
+    engines = {dtype: engine_of(folder, dtype, prefix_cache=False) for dtype in ("bfloat16", "int8")}
+    return {dtype: [engine.generate([request])[0].choices for request in REQUESTS] for dtype, engine in engines.items()}
 
 
 @settings(max_examples=25, deadline=None)
@@ -206,12 +221,15 @@ def alone(folder: Path) -> list[Any]:
     memory=st.sampled_from(["52KiB", "80KiB", "2MiB"]),
     prefix_cache=st.booleans(),
 )
-def test_in_bfloat16_a_job_says_the_same_to_the_last_bit_in_any_company(
-    folder: Path, alone: list[Any], mix: list[int], step_tokens: int, memory: str, prefix_cache: bool
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_in_bfloat16_and_in_eight_bits_a_job_says_the_same_to_the_last_bit_in_any_company(
+    folder: Path, alone: Any, dtype: str, mix: list[int], step_tokens: int, memory: str, prefix_cache: bool
 ) -> None:
-    engine = engine_of(folder, step_tokens=step_tokens, kv_memory=memory, prefix_cache=prefix_cache, max_running=6)
+    engine = engine_of(
+        folder, dtype, step_tokens=step_tokens, kv_memory=memory, prefix_cache=prefix_cache, max_running=6
+    )
     results = engine.generate([dataclasses.replace(REQUESTS[number]) for number in mix])
-    assert [result.choices for result in results] == [alone[number] for number in mix]
+    assert [result.choices for result in results] == [alone[dtype][number] for number in mix]
 
 
 @pytest.mark.parametrize(

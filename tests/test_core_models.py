@@ -142,7 +142,10 @@ def test_the_check_counts_the_bytes_of_a_token(family: str, tmp_path: Path) -> N
 
     cache = check_attention(tiny.model, family, 128)
 
-    assert cache.bytes_per_token == 3 * 2 * 2 * 16 * 4
+    heads = 3 * 2 * 2  # of three layers, keys and values
+    assert cache.bytes_per_token(torch.float32, eight_bits=False) == heads * 16 * 4
+    assert cache.bytes_per_token(torch.bfloat16, eight_bits=False) == heads * 16 * 2
+    assert cache.bytes_per_token(torch.bfloat16, eight_bits=True) == heads * (16 + 4)
 
 
 def test_a_missing_weight_is_never_replaced_by_random_numbers(copy: Path) -> None:

@@ -37,10 +37,10 @@ def chains(model: nn.Module) -> list[Chain]:
     return [module for module in model.modules() if isinstance(module, Chain)]
 
 
-def logits_of(model: Any, lengths: tuple[int, ...]) -> list[Tensor]:
+def logits_of(model: Any, lengths: tuple[int, ...], *, eight_bits: bool = False) -> list[Tensor]:
     """Of texts that pass together; twice with one cache, so that a chain is one the second time."""
     texts = [check._text(model, length) for length in lengths]
-    cache = check._cache_for(texts)
+    cache = check._cache_for(texts, eight_bits=eight_bits)
     with torch.inference_mode():
         return [torch.cat(check._logits(model, texts, cache)) for _ in range(2)]
 
@@ -73,12 +73,15 @@ def test_a_chain_says_to_the_last_bit_what_its_layers_say_one_by_one(
     try:
         for lengths in ((40, 20), (9, 9), (100, 120, 90, 11)):
             with counted(monkeypatch) as runs:
-                one_by_one, as_one = logits_of(model, lengths)
+                one_by_one, as_one = logits_of(model, lengths, eight_bits=eight_bits)
             assert len(runs) == 9  # all but the first pass, which makes the pools
             assert torch.equal(one_by_one, as_one)
             with monkeypatch.context() as patch:
                 patch.setattr(chain, "_program", dataclasses.replace(chain._program, inputs=[]))
-                assert torch.equal(logits_of(model, lengths)[1], as_one)
+                assert torch.equal(logits_of(model, lengths, eight_bits=eight_bits)[1], as_one)
+            with counted(monkeypatch) as runs:
+                logits_of(model, lengths, eight_bits=not eight_bits)
+            assert not runs  # a cache of another kind is not what was recorded
     finally:
         torch.set_num_threads(usual)
 

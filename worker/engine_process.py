@@ -120,6 +120,7 @@ def _configure(settings: WorkerSettings, threads: int) -> EngineConfig:
             model=settings.model,
             revision=settings.revision,
             dtype=settings.dtype,
+            kv_dtype=settings.kv_dtype,
             device=f"cuda:{settings.worker_index % cards}" if cards else settings.device,
             kv_memory=settings.kv_memory,
             max_model_len=settings.max_model_len,

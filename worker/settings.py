@@ -10,6 +10,7 @@ from jobs.settings import DURABILITIES
 
 ENGINES = ("torch", "instant", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "int8")
+KV_DTYPES = ("auto", "model", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 MOST_VLLM_ARGS = 4_096  #: characters
@@ -27,6 +28,7 @@ class WorkerSettings:
     model: str = "smollm2-135m"
     revision: str = ""
     dtype: str = "auto"
+    kv_dtype: str = "auto"  #: of keys and values
     device: str = "auto"
     kv_memory: str = "auto"  #: "auto", or bytes such as "2GiB"
     max_model_len: int = 0  #: tokens; 0: the model's own
@@ -50,12 +52,15 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, ENGINES)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("kv_dtype", self.kv_dtype, KV_DTYPES)
         _one_of("device", self.device, DEVICES)
         _one_of("durability", self.durability, DURABILITIES)
         _one_of("log_level", self.log_level, LOG_LEVELS)
         read_vllm_args(self.vllm_args)
         if self.vllm_args and self.engine != "vllm":
             raise ValueError(f"vllm_args: is for engine vllm, and this is {self.engine}")
+        if self.kv_dtype != "auto" and self.engine == "vllm":
+            raise ValueError("kv_dtype: is for engine torch; vLLM takes vllm_args kv_cache_dtype=fp8")
         for name, low in _LEAST.items():
             if not getattr(self, name) >= low:
                 raise ValueError(f"{name}: must be at least {low:g}, not {getattr(self, name)!r}")

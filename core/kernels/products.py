@@ -13,6 +13,7 @@ from core.kernels.build import has_products, library
 from core.kernels.calls import THREADS, call
 
 WIDTH = 32  #: outputs of a panel
+GROUP = 128  #: inputs that are rounded to eight bits together: one that stands out spoils no more than these
 _WHOLE = 127  #: what the largest weight of an output is in eight bits
 
 
@@ -25,7 +26,6 @@ class Packed:
     inputs: int
     bias: Tensor | None = None  #: float32, of whole panels like all that follow
     scales: Tensor | None = None  #: float32, of int8 weights: what 1 is worth for each output
-    sums: Tensor | None = None  #: int32: 128 times the sum of each output's int8 weights
 
 
 def available() -> bool:
@@ -56,12 +56,11 @@ def pack(weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, eight_bi
         return Packed(_panels(whole, 2), outputs, inputs, bias)
     scales = whole.float().abs().amax(1).clamp_min(1e-30) / _WHOLE
     rounded = (whole.float() / scales.unsqueeze(1)).round_().to(torch.int8)
-    sums = rounded.sum(1, dtype=torch.int32) * 128
-    return Packed(_panels(rounded, 4), outputs, inputs, bias, scales, sums)
+    return Packed(_panels(rounded, 4), outputs, inputs, bias, scales)
 
 
 def product(x: Tensor, packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Multiply; with int8 weights each row of ``x`` is rounded to eight bits first.
+    """Multiply; with int8 weights each row of ``x`` is rounded to eight bits first, by groups of ``GROUP`` inputs.
 
     Args:
         x: bfloat16 [..., inputs].
@@ -80,8 +79,9 @@ def product(x: Tensor, packed: Packed, dtype: torch.dtype = torch.bfloat16) -> T
     if packed.scales is None:
         call(f"product_bfloat16_{name}", *given, packed.bias, out, *sizes)
     else:
-        room = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(rows.shape[0])
-        call(f"product_int8_{name}", *given, packed.scales, packed.sums, packed.bias, out, *room, *sizes)
+        groups = (rows.shape[0], -(-packed.inputs // GROUP))
+        room = (torch.empty(rows.shape, dtype=torch.int8), torch.empty(groups), torch.empty(groups, dtype=torch.int32))
+        call(f"product_int8_{name}", *given, packed.scales, packed.bias, out, *room, *sizes)
     return out
 
 

@@ -41,9 +41,15 @@ class LoadedModel:
     eight_bit_cache: bool  #: keys and values are kept in eight bits
     bytes_per_token: int  #: of them, in all layers
 
+    @property
+    def computes_in(self) -> str:
+        """As cards have it: two that differ in it say different things."""
+        numbers = "int8" if self.eight_bits else str(self.dtype).removeprefix("torch.")
+        return f"{numbers}-kv8" if self.eight_bit_cache else numbers
+
 
 def load_model(
-    folder: Path, *, name: str, dtype: str = "auto", kv_dtype: str = "auto", device: str = "auto", kernels: bool = True
+    folder: Path, name: str, dtype: str = "auto", kv_dtype: str = "auto", device: str = "auto", *, kernels: bool = True
 ) -> LoadedModel:
     """Load and check a model.
 

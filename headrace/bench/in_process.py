@@ -15,7 +15,7 @@ from headrace.settings import SettingError, Settings
 
 #: Settings that the program takes as flags.
 ENGINE_FLAGS = (
-    *("engine", "model", "revision", "dtype", "device", "kv_memory"),
+    *("engine", "model", "revision", "dtype", "kv_dtype", "device", "kv_memory"),
     *("max_model_len", "max_running", "step_tokens", "threads", "instant_step_ms"),
 )
 

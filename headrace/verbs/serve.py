@@ -15,7 +15,7 @@ from headrace.settings import SettingError
 from headrace.up import House, Ready, Terminal, check_before_start
 from headrace.verbs.verb import OK, Invocation, Verb
 
-MODEL_SETTINGS = ("model", "revision", "dtype", "device", "engine")
+MODEL_SETTINGS = ("model", "revision", "dtype", "kv_dtype", "device", "engine")
 ENGINE_SETTINGS = (*MODEL_SETTINGS, "vllm_args", "kv_memory", "max_model_len", "max_running", "step_tokens", "threads")
 WORKER_SETTINGS = (
     *ENGINE_SETTINGS,
