@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.kernels.rows import argmax
 from core.largest import reach
 from core.logits import Ruled, Rules, adjust
 from core.request import SamplingParams, TokenLogprob
@@ -75,7 +76,7 @@ def _ruled(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """int64 [rows]"""
-    token_ids = torch.argmax(logits, dim=-1)
+    token_ids = argmax(logits)
     sampled = [row for row, how in enumerate(draws) if how.params.temperature > 0]
     filtered = [row for row in sampled if _filters(draws[row].params)]
     plain = [row for row in sampled if not _filters(draws[row].params)]

@@ -115,6 +115,22 @@ def test_a_sum_is_torchs_to_the_last_bit() -> None:
     assert torch.equal(rows.add(x, y), x + y)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    rows_=st.integers(0, 5),
+    groups=st.integers(1, 40),
+    levels=st.sampled_from([1, 2, 7, 10**6]),
+    seed=st.integers(0, 99),
+)
+def test_the_largest_is_torchs_and_of_equal_ones_the_first(rows_: int, groups: int, levels: int, seed: int) -> None:
+    numbers = torch.Generator().manual_seed(seed)
+    x = torch.randint(levels, (rows_, 16 * groups), generator=numbers).float()
+    x[x < levels // 3] = -torch.inf
+    expected = [row.index(max(row)) for row in x.tolist()]
+    assert rows.argmax(x).tolist() == expected
+    assert rows.argmax(x.T.contiguous().T).tolist() == expected
+
+
 @pytest.mark.parametrize(("heads", "count", "size"), [(3, 1, 32), (2, 9, 64), (4, 100, 128)])
 def test_a_rotation_is_that_of_transformers_llama(heads: int, count: int, size: int) -> None:
     x = random(1, count, heads, size).transpose(1, 2)

@@ -81,4 +81,28 @@ void add(const Word *w) {
   });
 }
 
+// Where the largest of each row is, of equal ones the first.
+// x float32 [rows][size], out [rows]: x, out, rows, size, threads
+void argmax(const Word *w) {
+  const float *x = w[0].at<const float>();
+  int64_t *out = w[1].at<int64_t>();
+  const int64_t rows = w[2].number, size = w[3].number;
+  share(rows * size > FEW ? w[4].number : 1, rows, [=](int64_t row) {
+    const float *from = x + row * size;
+    const Ints step = Ints{} + LANES;
+    Ints at = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, where = at;
+    Vec most = load(from);
+    for (int64_t i = LANES; i < size; i += LANES) {
+      at += step;
+      const Vec here = load(from + i);
+      where = here > most ? at : where;
+      most = here > most ? here : most;
+    }
+    int best = 0;
+    for (int j = 1; j < LANES; j++)
+      if (most[j] > most[best] || (most[j] == most[best] && where[j] < where[best])) best = j;
+    out[row] = where[best];
+  });
+}
+
 } // extern "C"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from core.kernels.build import library
 from core.kernels.calls import THREADS, call
 
 LANES = 16  #: sizes are multiples of it
@@ -50,4 +51,21 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     """Sums of two bfloat16 [..., size] of the same shape and without gaps."""
     out, size = torch.empty_like(x), x.shape[-1]
     call("add", x, y, out, x.numel() // size, size, THREADS)
+    return out
+
+
+def argmax(x: Tensor) -> Tensor:
+    """Where the largest of each row is, of equal ones the first; of a row that holds no number any place.
+
+    Args:
+        x: float32 [rows, size].
+
+    Returns:
+        int64 [rows]
+    """
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or x.shape[1] % LANES or library() is None:
+        return torch.argmax(x, dim=-1)
+    x = x.contiguous()
+    out = torch.empty(len(x), dtype=torch.int64)
+    call("argmax", x, out, *x.shape, THREADS)
     return out
