@@ -12,7 +12,7 @@ from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import DeadlineUnreachable, JobConflict, JobNotFound, QueueFull, StoreFull
 from core.request import Kind
-from jobs import logs, rows
+from jobs import keys, logs, rows
 from jobs.job import LABELS, QUEUE, Job, JobState, NewJob, Resume
 from jobs.memory import MemoryReport
 from jobs.reports import CallbackReport, LoggedEvent, QueueReport, Submitted, WorkerCard
@@ -169,6 +169,13 @@ def claim(worker: str, card: ModelCard, room: int, running: int, settings: Store
     """Take jobs; the raw answer, because what stock RQ put in has to be read and adopted first."""
     engine = [card.name, logs.pack_engine(card), LOOKS, card.identity, _ms(settings.resume_wait_seconds)]
     return Command("claim", [worker, room, running, *engine], list)
+
+
+def waiting(card: ModelCard) -> Command[int]:
+    """How many of the lists that ``claim`` takes from hold something: a look that costs next to nothing."""
+    model = card.name.lower()
+    lists = [name for each in (keys.URGENT, keys.READY, keys.LOW, keys.SUSPECTS) for name in (f"{each}.{model}", each)]
+    return Command("EXISTS", [*lists, keys.LIKE + card.identity, keys.LIKE_SUSPECTS + card.identity], int)
 
 
 def adopt(job: ClaimedJob, kind: Kind, model: str, priority: int, created: int, *, route: bool) -> Command[int]:

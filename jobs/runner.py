@@ -189,6 +189,8 @@ class AsyncRunner:
 
 
 def _words(command: Command[Any], keep_seconds: int) -> list[Any]:
+    if command.name.isupper():
+        return [command.name, *command.args]
     return ["EVALSHA", scripts()[command.name].sha, 0, keep_seconds, *command.args]
 
 

@@ -193,15 +193,17 @@ class Store:
         logged = {each.job_id: each.first + len(each.events) for each in publications}
         batch: list[Command[int]] = [commands.publish(each) for each in publications]
         batch += [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
+        if self._card is not None and self._card.model is not None:
+            batch.append(commands.waiting(self._card.model))
         ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
         read = self._runner.begin(batch)
         return lambda: self._reported(ids, batch, read())
 
     def _reported(self, ids: Sequence[str], batch: Sequence[Command[int]], answers: Sequence[int]) -> Reported:
-        early = [i for i, answer in enumerate(answers) if answer == commands.TOO_EARLY]
+        early = [i for i, answer in enumerate(answers[: len(ids)]) if answer == commands.TOO_EARLY]
         again = dict(zip(early, self._runner.answers([batch[i] for i in early]), strict=True)) if early else {}
         told: dict[int, list[str]] = {}
-        for i, (job_id, answer) in enumerate(zip(ids, answers, strict=True)):
+        for i, (job_id, answer) in enumerate(zip(ids, answers, strict=False)):
             told.setdefault(again.get(i, answer), []).append(job_id)  # early: the server had lost one script of two
         with_dependents = tuple(told.get(commands.HAS_DEPENDENTS, ()))
         if with_dependents:
@@ -210,6 +212,7 @@ class Store:
             refused=frozenset(told.get(commands.REFUSED, ())),
             cancels=frozenset(told.get(commands.CANCEL_WANTED, ())),
             with_dependents=with_dependents,
+            waiting=len(answers) > len(ids) and answers[-1] > 0,
         )
 
     def release(self, jobs: Iterable[tuple[str, int]]) -> None:

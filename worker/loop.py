@@ -22,6 +22,7 @@ from worker.stop import Stop
 from worker.upkeep import Upkeep
 
 IDLE_SECONDS = 0.5  #: the longest an idle worker blocks: a job that stock RQ put in wakes nobody
+LOOK_SECONDS = 0.2  #: after a claim that found no job, a worker that has others claims again, if no report tells of one
 SUSPENDED_SECONDS = 0.25  #: between two looks whether ``rq resume`` was called
 
 
@@ -50,6 +51,7 @@ class Worker:
         self._gate = Gate()
         self._outage = Outage(self._clock)
         self._more = False  # the last claim stopped before the queue's end
+        self._look_at = 0.0  # claims not before, while something is computed
         self._started = self._clock()
         self._apart = 0.0  # seconds in step() or asleep: the rest is what the loop itself costs
 
@@ -90,6 +92,8 @@ class Worker:
 
     def _hear_report(self) -> None:
         reported = self._outbox.hear()
+        if reported.waiting:
+            self._look_at = 0.0
         self._hear(reported.refused, reported.cancels)
 
     def _send_report(self) -> None:
@@ -114,10 +118,11 @@ class Worker:
         self._more = False
         if self._stop.requested or self._presence.suspended or not self._gate.opens(self._running):
             return
-        if (room := self._engine.room) > 0:
+        if (room := self._engine.room) > 0 and not (self._running and self._clock() < self._look_at):
             claim = self._store.claim(self._presence.name, self._engine.card, room, len(self._running))
             self._gate.note(claim)
             self._more = claim.more
+            self._look_at = self._clock() + (0.0 if claim.jobs or claim.more else LOOK_SECONDS)
             for job in claim.jobs:
                 self._start(job)
 
