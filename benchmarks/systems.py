@@ -6,6 +6,7 @@ Each takes the workload and answers with the seconds it took and the answer toke
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import itertools
 import os
 import socket
@@ -25,6 +26,8 @@ from benchmarks.padded import generate_padded
 from benchmarks.workload import RUNNING, Item
 from core.engine import Engine, EngineConfig
 from core.request import FinishedEvent, Request, SamplingParams
+
+BEAT_SECONDS = 2.5  #: after so long a worker has told its counters again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +79,27 @@ class PlainTransformers:
         return Run(seconds=time.perf_counter() - start, tokens=sum(item.answer_tokens for item in items))
 
 
+def others_cpu_seconds(root: int) -> float:
+    """Of processors, in the server's processes but its workers': the API, Valkey, the courier, and who started them."""
+    ticks, parents = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+            parents[int(folder.name)], ticks[int(folder.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
+    ours = {root}
+    while more := {pid for pid, parent in parents.items() if parent in ours and pid not in ours and not _works(pid)}:
+        ours |= more
+    return sum(ticks.get(pid, 0) for pid in ours) / os.sysconf("SC_CLK_TCK")
+
+
+def _works(pid: int) -> bool:
+    """It is a worker's parent."""
+    try:
+        return b"-m\0worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return True
+
+
 class WholeSystem:
     """``headrace up`` with one worker; 64 clients submit over HTTP and wait."""
 
@@ -100,10 +124,14 @@ class WholeSystem:
             return Run(seconds=time.perf_counter() - start, tokens=sum(tokens))
 
     def counters(self) -> dict[str, float]:
-        """The worker's own counters: seconds inside ``step()`` and in the rest of its loop."""
+        """Seconds so far: inside ``step()`` and in the rest of the worker's loop, and of processors in all else.
+
+        After a rest, in which the worker tells its counters.
+        """
+        time.sleep(BEAT_SECONDS)
         worker = httpx2.get(f"{self._url}/v1/workers", timeout=10).json()["data"][0]
-        stats: dict[str, float] = worker["stats"]
-        return stats
+        stats = {name: float(worker["stats"][name]) for name in ("step_seconds", "loop_seconds")}
+        return {**stats, "others_seconds": others_cpu_seconds(self._process.pid)}
 
     def close(self) -> None:
         self._process.terminate()

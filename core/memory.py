@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -61,7 +62,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def free_unused(device: torch.device) -> None:
-    """Give back what torch keeps for later; in pieces of the wrong size it is of no use to the next try."""
+    """Give back what allocators keep for later; in pieces of the wrong size it is of no use to the next try."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
+    elif (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:  # glibc's
+        trim(0)

@@ -239,3 +239,26 @@ def test_what_was_sent_and_never_answered_keeps_its_numbers_and_its_content_thou
     assert running.published == 6
     assert unheard.get("a").state is JobState.SUCCEEDED
     assert len(outbox) == 0
+
+
+@pytest.mark.parametrize(
+    ("jobs", "told"),
+    [
+        ([{"priority": -5}], True),
+        ([{}], True),
+        ([{"priority": 7}], True),
+        ([{"model": "TOY", "priority": 7}], True),
+        ([{"model": "other"}], False),
+        ([], False),
+    ],
+)
+def test_a_report_tells_whether_jobs_wait_that_this_worker_may_claim(
+    store: Store, jobs: list[dict[str, Any]], told: bool
+) -> None:
+    outbox, running = Outbox(), start(store)
+    for job in jobs:
+        add(store, **job)
+    put(outbox, running, 1)
+    outbox.send(store)
+
+    assert outbox.hear().waiting is told

@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from core.card import ModelCard
 from core.errors import StoreUnavailable
 from core.instant import InstantConfig, InstantEngine
 from core.request import Emitted, Request, SamplingParams
 from jobs.connection import connect
 from jobs.job import JobState, NewJob
-from jobs.store import Publication, Reported, Settlement, Store, WorkerCard
+from jobs.store import Claim, Publication, Reported, Settlement, Store, WorkerCard
 from tests.worker_world import store_settings
+from worker import loop
 from worker.engine_process import divide_cores
 from worker.loop import Worker
 from worker.outage import Every
@@ -53,6 +55,12 @@ class Diary(Store):
     told: list[tuple[int, int, int]]
     lost: int = 0  #: so many reports do not arrive
     cancelling: str = ""  #: a job that somebody cancels once the first report is there
+    late: NewJob | None = None  #: a job that somebody puts in then
+    claims: int = 0
+
+    def claim(self, worker: str, card: ModelCard, room: int, running: int) -> Claim:
+        self.claims += 1
+        return super().claim(worker, card, room, running)
 
     def begin_report(
         self, publications: Sequence[Publication], settlements: Sequence[Settlement]
@@ -64,6 +72,8 @@ class Diary(Store):
         read = super().begin_report(publications, settlements)
         if self.cancelling and len(self.told) == 1:
             self.cancel(self.cancelling)
+        if self.late and len(self.told) == 1:
+            self.submit(self.late)
         return read
 
 
@@ -153,3 +163,24 @@ def test_a_report_that_did_not_arrive_is_sent_again_as_soon_as_redis_answers(dia
     assert lost == (1, 1, 0)
     assert again[0] == again[1]
     assert again[0] < last[0] == 8_000
+
+
+def test_a_busy_worker_that_found_no_job_hears_of_the_next_one_from_its_reports(
+    diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 3_600)
+    diary.late = NewJob(id="late", request=Request(prompt="late", params=SamplingParams(max_tokens=2)))
+    told = work(diary, 40, waiting=1)
+
+    assert diary.get("late").state is JobState.SUCCEEDED
+    assert [ends for _, _, ends in told[:4]] == [0, 0, 1, 0]  # long before the other one
+    assert diary.claims <= 4
+
+
+def test_a_busy_worker_claims_again_after_a_while_though_no_report_told_of_a_job(
+    diary: Diary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "LOOK_SECONDS", 0.0)
+    work(diary, 40)
+
+    assert diary.claims >= 40

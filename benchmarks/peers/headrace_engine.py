@@ -28,7 +28,7 @@ class HeadraceEngine:
         }
         self.settings: Mapping[str, Any] = {
             "weights": dtype,
-            "cache": "bfloat16" if dtype == "int8" else dtype,
+            "cache": dtype,
             "options": f"max_running={running}, threads={threads}, a cache_salt each round, the rest as it comes",
         }
 

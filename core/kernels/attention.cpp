@@ -139,7 +139,7 @@ template <typename T> struct Eight {
   static constexpr float WHOLE = 127.0f, MOST = 127.0f * 256.0f, ALL = 65535.0f;
   alignas(64) int8_t upper[MOST_QUERIES * MOST_HEAD], lower[MOST_QUERIES * MOST_HEAD]; // of queries
   alignas(64) uint8_t high[MOST_QUERIES * CHUNK], low[MOST_QUERIES * CHUNK];           // of weights
-  int32_t from_upper[MOST_QUERIES], from_lower[MOST_QUERIES];                          // what 128 more in each key comes to
+  int32_t from_upper[MOST_QUERIES], from_lower[MOST_QUERIES]; // less what 128 more in each key comes to
   float worth[MOST_QUERIES], share[MOST_QUERIES];
   static int64_t bytes(int64_t size) { return size * BLOCK + BLOCK * int64_t(sizeof(float)); }
 
@@ -223,7 +223,8 @@ template <typename T> struct Eight {
       __m512 most = _mm512_setzero_ps();
       for (int64_t at = first; at < last; at += BLOCK) {
         const __m512 weight = _mm512_loadu_ps(of + at);
-        const __mmask16 any = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ); // the rest may never have been written
+        // what has no weight may never have been written
+        const __mmask16 any = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_GT_OQ);
         const __m512 product = _mm512_maskz_mul_ps(any, weight, _mm512_loadu_ps(block(at) + size * BLOCK));
         most = _mm512_max_ps(most, product);
         _mm512_storeu_ps(of + at, product);
@@ -232,9 +233,11 @@ template <typename T> struct Eight {
       share[m] = top / ALL;
       const __m512 by = _mm512_set1_ps(top > 0 ? ALL / top : 0.0f);
       for (int64_t at = first; at < last; at += BLOCK) {
-        const __m512i whole = _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(of + at), by)), _mm512_set1_epi32(65535));
+        const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(of + at), by));
+        const __m512i whole = _mm512_min_epi32(rounded, _mm512_set1_epi32(int32_t(ALL)));
+        const __m512i rest = _mm512_and_si512(whole, _mm512_set1_epi32(255));
         _mm_storeu_si128((__m128i *)(high + m * CHUNK + at), _mm512_cvtepi32_epi8(_mm512_srli_epi32(whole, 8)));
-        _mm_storeu_si128((__m128i *)(low + m * CHUNK + at), _mm512_cvtepi32_epi8(_mm512_and_si512(whole, _mm512_set1_epi32(255))));
+        _mm_storeu_si128((__m128i *)(low + m * CHUNK + at), _mm512_cvtepi32_epi8(rest));
       }
     }
     tiles(count, [&](auto M, int start) {
@@ -253,7 +256,8 @@ template <typename T> struct Eight {
         }
         for (int m = 0; m < M; m++) {
           float *sum = sums + (start + m) * MOST_HEAD + d;
-          _mm512_storeu_ps(sum, _mm512_fmadd_ps(both(highs[m], lows[m]), _mm512_set1_ps(share[start + m]), _mm512_loadu_ps(sum)));
+          const __m512 worth = _mm512_set1_ps(share[start + m]);
+          _mm512_storeu_ps(sum, _mm512_fmadd_ps(both(highs[m], lows[m]), worth, _mm512_loadu_ps(sum)));
         }
       }
     });
@@ -294,8 +298,9 @@ template <typename Kind> void store(const Job<typename Kind::Number> &job, int64
   const int64_t block = slot / BLOCK, place = slot % BLOCK, bytes = Kind::bytes(job.head_size);
   for (int64_t head = 0; head < job.kv_heads; head++) {
     const int64_t part = (block * job.kv_heads + head) * bytes;
-    Kind::store(job.keys + head * job.key_head + row * job.key_row, job.values + head * job.value_head + row * job.value_row,
-                job.head_size, place, job.key_pool + part, job.value_pool + part);
+    Kind::store(job.keys + head * job.key_head + row * job.key_row,
+                job.values + head * job.value_head + row * job.value_row, job.head_size, place, job.key_pool + part,
+                job.value_pool + part);
   }
 }
 

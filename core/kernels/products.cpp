@@ -1,10 +1,11 @@
-// Activations times packed weights, for processors with AVX-512, and with AMX where there are tiles. Each number of the outcome is one sum in one order of its
-// own row, so what a row says depends neither on how many rows there are nor on where it stands among them.
+// Activations times packed weights, for processors with AVX-512, and with AMX where there are tiles. Each number of the
+// outcome is one sum in one order of its own row, so what a row says depends neither on how many rows there are nor on
+// where it stands among them.
 //
-// Weights lie in panels of WIDTH outputs, [panel][inputs / DEEP][WIDTH][DEEP], as the dot-product instructions take them
-// (VDPBF16PS of AVX512_BF16 and TDPBF16PS of AMX with DEEP 2, VPDPBUSD of AVX512_VNNI and TDPBUSD of AMX with DEEP 4: Intel's
-// manual, volume 2). While a panel is multiplied the next one is fetched: at the few rows of a decoding step memory takes
-// as long as arithmetic.
+// Weights lie in panels of WIDTH outputs, [panel][inputs / DEEP][WIDTH][DEEP], as the dot-product instructions take them:
+// with DEEP 2 VDPBF16PS of AVX512_BF16 and TDPBF16PS of AMX, with DEEP 4 VPDPBUSD of AVX512_VNNI and TDPBSSD of AMX (Intel's
+// manual, volume 2). While a panel is multiplied the next one is fetched: at the few rows of a decoding step memory takes as
+// long as arithmetic.
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include <immintrin.h>
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
@@ -32,7 +33,9 @@ struct Rows {
   const float *scales;  // [rows][groups]
   const int32_t *moved; // [rows][groups]: what 128 more in each weight comes to, to be taken off
   int64_t groups;
-  Rows from(int64_t row) const { return {at + row * stride, stride, scales + row * groups, moved + row * groups, groups}; }
+  Rows from(int64_t row) const {
+    return {at + row * stride, stride, scales + row * groups, moved + row * groups, groups};
+  }
 };
 
 constexpr int TILE_STEPS = 16;              // of a tile of weights
@@ -56,7 +59,9 @@ struct Int8 {
   typedef __m512i Sum;
   static constexpr int DEEP = 4;
   static constexpr bool GROUPED = true;
-  static Sum start(const Rows &rows, int64_t m, int64_t group) { return _mm512_set1_epi32(rows.moved[m * rows.groups + group]); }
+  static Sum start(const Rows &rows, int64_t m, int64_t group) {
+    return _mm512_set1_epi32(rows.moved[m * rows.groups + group]);
+  }
   static __m512i weights(const char *at) { // moved up by 128: the instruction takes one side unsigned
     return _mm512_xor_si512(_mm512_loadu_si512(at), _mm512_set1_epi8(-128));
   }
@@ -149,7 +154,8 @@ template <bool LOWER> void keep(void *sums) {
   else _tile_dpbf16ps(sum, row, weights);
 
 template <typename T, bool LOWER>
-void multiply_tiles(const Rows &rows, const char *panel, int64_t steps, Ahead ahead, __m512 (*sums)[VECTORS], int height) {
+void multiply_tiles(const Rows &rows, const char *panel, int64_t steps, Ahead ahead, __m512 (*sums)[VECTORS],
+                    int height) {
   if (T::GROUPED) std::memset(sums, 0, height * VECTORS * LINE);
   clear<LOWER>();
   for (int64_t step = 0; step < steps; step += TILE_STEPS) {
@@ -180,7 +186,8 @@ void multiply_tiles(const Rows &rows, const char *panel, int64_t steps, Ahead ah
 #undef DOT
 
 template <typename T>
-void multiply_tiles(const Rows &rows, const char *panel, int64_t steps, Ahead ahead, __m512 (*sums)[VECTORS], int height) {
+void multiply_tiles(const Rows &rows, const char *panel, int64_t steps, Ahead ahead, __m512 (*sums)[VECTORS],
+                    int height) {
   Shape shape(height);
   _tile_loadconfig(&shape);
   (height > 16 ? multiply_tiles<T, true> : multiply_tiles<T, false>)(rows, panel, steps, ahead, sums, height);
@@ -257,7 +264,9 @@ template <typename Out> void product_bfloat16(const Word *w) {
   const float *bias = w[3].at<const float>();
   const Rows rows{w[0].at<const char>(), w[1].number * 2, nullptr, nullptr, 0};
   product<Bfloat16>(rows, w[2].at<const char>(), w[4].at<Out>(), w[5].number, w[6].number, w[7].number, w[8].number,
-                    [=](__m512 sum, int64_t at) { return bias ? _mm512_add_ps(sum, _mm512_loadu_ps(bias + at)) : sum; });
+                    [=](__m512 sum, int64_t at) {
+                      return bias ? _mm512_add_ps(sum, _mm512_loadu_ps(bias + at)) : sum;
+                    });
 }
 
 // The same, with the weights' scales behind them, and behind out room for the rows in eight bits, [count][inputs], and for
@@ -273,7 +282,8 @@ template <typename Out> void product_int8(const Word *w) {
   const int64_t groups = (inputs + GROUP - 1) / GROUP, threads = w[12].number;
   share(count * inputs > FEW ? threads : 1, count, [=](int64_t m) {
     for (int64_t group = 0; group < groups; group++) {
-      const int64_t first = group * GROUP, size = inputs - first < GROUP ? inputs - first : GROUP, at = m * groups + group;
+      const int64_t first = group * GROUP, at = m * groups + group;
+      const int64_t size = inputs - first < GROUP ? inputs - first : GROUP;
       scales[at] = quantize(from + m * stride + first, size, quantized + m * inputs + first, moved[at]);
       moved[at] *= -128;
     }

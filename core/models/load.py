@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from core.attention import NAME, attend
 from core.errors import ModelRefused
+from core.memory import free_unused
 from core.models.check import check_attention, fuse_checked, refuse_eight_bit_cache
 from core.models.checksum import checksum
 from core.tokenizer import Tokenizer
@@ -83,6 +84,7 @@ def load_model(
     if eight_bits and not fused:
         raise ModelRefused(name, "int8 needs a processor with AVX512_BF16 and AVX512_VNNI, and a C++ compiler")
     tokenizer = _load_tokenizer(folder, name)
+    free_unused(target)  # the weights came in float32
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
