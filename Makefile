@@ -40,8 +40,9 @@ help:
 demo: $(VENV)/.server
 	@$(PY) -P -m headrace demo --model "$(MODEL)" --dtype "$(DTYPE)"
 
+# Several testers share the cores: torch's threads sleep rather than spin.
 test: $(VENV)/.dev $(VENV)/.model lint
-	HF_HUB_OFFLINE=1 PIP_NO_INDEX=1 PIP_FIND_LINKS= $(PY) -m pytest -n $(TESTERS) --dist loadfile
+	HF_HUB_OFFLINE=1 GOMP_SPINCOUNT=0 PIP_NO_INDEX=1 PIP_FIND_LINKS= $(PY) -m pytest -n $(TESTERS) --dist loadfile
 
 # vLLM wants a torch, Transformers and FastAPI of its own, so its workers have an environment of their own; the API, Valkey
 # and the tests that start them stay in ours. What is uninstalled does not fit the CPU build of torch.
