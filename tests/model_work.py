@@ -27,7 +27,7 @@ def publish(world: World) -> None:
     first = view.log[-1].number + 1 if view.log and view.job.attempt == job.attempt else job.next_event
     said = world.speech(job, view.number("tokens"), first, world.random.randint(1, 3))
     settled = view.fields.get("settled") == str(job.attempt)
-    ours = view.job.attempt == job.attempt and view.job.state in (S.RUNNING, S.QUEUED)
+    ours = view.job.attempt == job.attempt and (view.job.state is S.RUNNING or _waits_reaped(view))
     if ours and not settled and world.chance(0.1):
         assert _leaves_a_hole(world, dataclasses.replace(said, first=first + 3))
     if ours and view.job.state is S.RUNNING and world.chance(0.1):
@@ -47,6 +47,11 @@ def publish(world: World) -> None:
         told = (event.fields["index"], event.fields["text"], tuple(event.fields["token_ids"]))
         assert told == (meant.index, meant.text, meant.token_ids)
         assert len(event.fields.get("logprobs", ())) == len(meant.logprobs or ())
+
+
+def _waits_reaped(view: View) -> bool:
+    """Queued, and not because stock RQ has put it there after it had ended."""
+    return view.job.state is S.QUEUED and "closed" not in view.fields
 
 
 def _leaves_a_hole(world: World, said: Publication) -> bool:
@@ -79,7 +84,7 @@ def end(world: World, job: ClaimedJob) -> None:
     settlement = failed(job, error) if outcome is Outcome.FAILED else ended(job, outcome, answer)
     same, state = view.job.attempt == job.attempt, view.job.state
     settled = same and view.fields.get("settled") == str(job.attempt)
-    counts = same and not settled and (state is S.RUNNING or (state is S.QUEUED and outcome is Outcome.SUCCEEDED))
+    counts = same and not settled and (state is S.RUNNING or (_waits_reaped(view) and outcome is Outcome.SUCCEEDED))
     if counts and world.chance(0.1):  # the server lost the script that was to publish its last words
         early = commands.settle(settlement, view.number("events") + 1)
         assert world.store._runner.run(early) == commands.TOO_EARLY
@@ -172,7 +177,7 @@ def zombie(world: World) -> None:
         assert world.store._runner.run(told) == 0, f"{job.id}: adopted by whom it does not belong to"
     elif what == "publish":
         said = world.speech(job, view.number("tokens"), view.number("events") + 5, 1)
-        refused = lost and not (view.job.attempt == job.attempt and view.job.state is S.QUEUED)
+        refused = lost and not (view.job.attempt == job.attempt and _waits_reaped(view))
         settled = view.job.attempt == job.attempt and view.fields.get("settled") == str(job.attempt)
         try:
             assert (job.id in world.store.report([said], []).refused) == (refused and not settled)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import redis
+from rq.job import Job
+from rq.serializers import JSONSerializer
 
 from core.errors import EngineError, JobConflict
 from jobs import keys
@@ -59,6 +61,36 @@ def test_a_worker_that_lost_its_job_can_write_nothing_about_it(store: Store, val
     assert store.renew("w", "busy", {"a": 1}, {}).lost == ("a",)
     assert store.report([say(successor, 1)], [done(successor)]).refused == frozenset()
     assert text_of(store.events("a")) == "w1 "
+    assert audit(valkey) == []
+
+
+def requeue_by_rq(store: Store, client: redis.Redis) -> None:
+    Job.fetch("a", connection=client, serializer=JSONSerializer).requeue()
+
+
+@pytest.mark.parametrize("again", [lambda store, _: store.retry("a"), requeue_by_rq], ids=["retry", "rq requeue"])
+def test_a_worker_that_was_taken_for_dead_says_nothing_of_a_dead_letter_that_was_queued_again_since(
+    again: Callable[[Store, redis.Redis], object], store: Store, valkey: redis.Redis
+) -> None:
+    """Its attempt is the job's last one: no claim has raised the fence yet."""
+    add(store, "a")
+    for _ in range(3):
+        born(store)
+        [zombie] = take(store)
+        kill(store)
+    assert store.get("a").reason == "poison_job"
+    again(store, valkey)
+    before = valkey.hgetall("rq:job:a")
+    store.report([say(zombie, 8, 9, first=int(before[b"events"]))], [])
+    store.report([], [done(zombie)])
+    store.release([(zombie.id, zombie.attempt)])
+
+    assert valkey.hgetall("rq:job:a") == before
+    born(store)
+    [successor] = take(store) or take(store)  # what stock RQ queued is set apart first, as a suspect
+    store.report([say(successor, 1)], [done(successor)])
+    assert text_of(store.events("a")) == "w1 "
+    assert (store.get("a").result or {})["choices"][0]["token_ids"] == [1]
     assert audit(valkey) == []
 
 

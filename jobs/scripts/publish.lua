@@ -1,7 +1,8 @@
 #!lua flags=allow-oom
 -- Append token events. ARGV: ttl, id, attempt, number of the first, then text, ids, index, logprobs of each.
 -- Refused (0) unless the attempt is the job's; events that are there already are skipped. 4: somebody cancelled it.
--- A reaped attempt that nobody has claimed yet may still publish: its late result would count, too.
+-- A reaped attempt that nobody has claimed yet may still publish: its late result would count, too. Not one of a job that
+-- ended since and that stock RQ queued again: its log is closed, and goes when it is claimed.
 local id, attempt, first = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
 local job = load(id)
 if not job or job.attempt ~= attempt then
@@ -9,7 +10,7 @@ if not job or job.attempt ~= attempt then
   return 0
 end
 if job.settled == attempt then return 1 end
-if job.status ~= 'started' and job.status ~= 'queued' then
+if job.status ~= 'started' and (job.status ~= 'queued' or job.closed) then
   note_end(id, job)
   drop(id, attempt)
   return 0

@@ -12,7 +12,7 @@ if not job or job.attempt ~= attempt then
 end
 if job.settled == attempt then return 2 end
 -- Reaped and not claimed again: a late result still counts, and saves computing it twice. Its id falls out at a claim.
-local late = job.status == 'queued' and outcome == 'succeeded'
+local late = job.status == 'queued' and not job.closed and outcome == 'succeeded'
 if job.status ~= 'started' and not late then
   note_end(id, job)
   drop(id, attempt)

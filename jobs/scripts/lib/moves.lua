@@ -72,12 +72,13 @@ local function write_result(id, job, status, how)
   call('XADD', K.results .. id, 'MAXLEN', '~', 10, '*', unpack(entry))
 end
 
--- An ended job starts anew, with its whole time: its old log goes, the numbers of its events go on. `rq requeue` leaves
+-- An ended job starts anew, with its whole time: its old log goes, the numbers of its events go on. What a worker that was
+-- taken for dead still says of the last attempt belongs to the old log: it counts as settled. `rq requeue` leaves
 -- this to whoever meets the job first: its mark is a job that waits and is `closed`.
 local function reopen(id, job)
   call('DEL', K.events .. id)
   call('HDEL', K.job .. id, 'reason', 'error', 'expires_at', 'closed', 'first_token_at', 'cancel_requested', 'read', 'log')
-  call('HSET', K.job .. id, 'tokens', 0, 'text_bytes', 0)
+  call('HSET', K.job .. id, 'tokens', 0, 'text_bytes', 0, 'settled', job.attempt)
   call('PERSIST', K.job .. id)
   call('PERSIST', K.results .. id)
   unlist(id)
