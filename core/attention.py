@@ -62,7 +62,9 @@ class KVCache:
     def bytes_per_token(self, dtype: torch.dtype, *, eight_bits: bool) -> int:
         """Of all layers that have stored something, were they kept like this."""
         shapes = [keys.shape[1:3] for keys, _ in self.layers.values()]
-        return sum(2 * heads * (size + 4 if eight_bits else size * dtype.itemsize) for heads, size in shapes)
+        if eight_bits:
+            return sum(2 * heads * paged.part_bytes(size) // BLOCK_TOKENS for heads, size in shapes)
+        return sum(2 * heads * size * dtype.itemsize for heads, size in shapes)
 
     def pools(self, layer: int, keys: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's pools, for keys [kv_heads, tokens, head_size]."""

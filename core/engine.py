@@ -53,9 +53,7 @@ class EngineConfig:
     model: str = "smollm2-135m"  #: an alias, a folder or a hub name
     revision: str = ""  #: of a hub model
     dtype: str = "auto"  #: auto, float32, bfloat16 or int8
-    kv_dtype: str = (
-        "auto"  #: of keys and values: auto, model (what it computes in) or int8; auto is int8 with dtype int8
-    )
+    kv_dtype: str = "auto"  #: of keys and values: auto (int8 with dtype int8), model (as it computes) or int8
     device: str = "auto"  #: auto, cpu, cuda or cuda:N
     kv_memory: str = "auto"  #: of all keys and values: auto, or a size such as 2GiB
     max_model_len: int = 0  #: prompt and answer together, in tokens; 0: as much as the model takes

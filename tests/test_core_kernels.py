@@ -228,3 +228,8 @@ def test_a_compiler_that_fails_is_said_and_survived(
         assert "slower" in caplog.text
     finally:
         build.library.cache_clear()
+
+
+def test_an_unknown_kind_of_cache_is_named_before_anything_is_loaded() -> None:
+    with pytest.raises(ValueError, match="kv_dtype: must be one of auto, model, int8, not 'fp8'"):
+        EngineConfig(kv_dtype="fp8")

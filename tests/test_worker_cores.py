@@ -75,9 +75,15 @@ def test_the_boot_id_names_this_host() -> None:
         ("publish_seconds", 60.1),
         ("publish_seconds", float("nan")),
         ("dtype", "int4"),
+        ("kv_dtype", "fp8"),
         ("lease_seconds", float("nan")),
     ],
 )
 def test_a_setting_out_of_its_bound_is_named(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{field}: must be"):
         WorkerSettings(**{field: value})  # type: ignore[arg-type]
+
+
+def test_keys_in_eight_bits_are_not_asked_of_vllm_by_a_setting_that_it_does_not_read() -> None:
+    with pytest.raises(ValueError, match="kv_dtype: is for engine torch"):
+        WorkerSettings(engine="vllm", kv_dtype="int8")

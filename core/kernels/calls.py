@@ -34,7 +34,7 @@ def call(name: str, *values: Value) -> None:
         name: of its function.
         values: its words in their order, tensors by their address, None as 0.
     """
-    words = [value.data_ptr() if type(value) is Tensor else word_of(value) for value in values]
+    words = [word_of(value) for value in values]
     function(name)((ctypes.c_int64 * len(words))(*words))
     for listener in _listeners:
         listener(name, values)
