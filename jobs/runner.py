@@ -6,13 +6,12 @@ and the commands it could not run are sent again, in their order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import redis
 import redis.asyncio
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError
 
 from jobs.connection import explain
 from jobs.pulse import Pulse
@@ -51,25 +50,6 @@ class Runner:
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
 
-    def begin(self, commands: Sequence[Command[Any]]) -> Callable[[], list[Any]]:
-        """Send commands without waiting; what is returned reads their raw answers, and is to be called once.
-
-        Raises:
-            StoreError: now or then: the first fault; commands behind it may have run.
-        """
-        try:
-            flight = Flight(self.client, [_words(command, self._keep) for command in commands])
-        except (redis.RedisError, OSError) as error:
-            raise explain(error) from error
-
-        def read() -> list[Any]:
-            try:
-                return self._complete(flight.land(), commands, ())
-            except (redis.RedisError, OSError) as error:
-                raise explain(error) from error
-
-        return read
-
     def load(self) -> None:
         """Give the server all scripts."""
         with self.client.pipeline(transaction=False) as pipeline:
@@ -78,10 +58,7 @@ class Runner:
             pipeline.execute()
 
     def _answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
-        return self._complete(self._send(commands, tail), commands, tail)
-
-    def _complete(self, answers: list[Any], commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
-        """Run again what met a server without scripts."""
+        answers = self._send(commands, tail)
         missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:
             self.load()
@@ -96,42 +73,6 @@ class Runner:
             if tail:
                 pipeline.execute_command(*tail)
             return list(pipeline.execute(raise_on_error=False))
-
-
-class Flight:
-    """Commands that are on their way, on a connection that nobody else uses until their answers are read."""
-
-    def __init__(self, client: redis.Redis, commands: Sequence[Sequence[Any]]) -> None:
-        self._pool = client.connection_pool
-        self._count = len(commands)
-        self._connection = self._pool.get_connection()
-        with self._abandoned_on_a_fault():
-            self._connection.send_packed_command(self._connection.pack_commands(commands))
-
-    def land(self) -> list[Any]:
-        """The answers, errors among them."""
-        with self._abandoned_on_a_fault():
-            answers = [self._read() for _ in range(self._count)]
-        self._pool.release(self._connection)
-        return answers
-
-    def _read(self) -> Any:
-        try:
-            return self._connection.read_response()
-        except ResponseError as error:
-            return error
-
-    @contextmanager
-    def _abandoned_on_a_fault(self) -> Iterator[None]:
-        """Nobody else may read what still comes on this connection."""
-        fine = False
-        try:
-            yield
-            fine = True
-        finally:
-            if not fine:
-                self._connection.disconnect()
-                self._pool.release(self._connection)
 
 
 class AsyncRunner:

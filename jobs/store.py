@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -183,21 +183,14 @@ class Store:
         return claim
 
     def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
-        """Write events and ends in one pipeline, the events of a job before its end."""
-        return self.begin_report(publications, settlements)()
-
-    def begin_report(
-        self, publications: Sequence[Publication], settlements: Sequence[Settlement]
-    ) -> Callable[[], Reported]:
-        """Send a report without waiting; what is returned waits for its answers, and is to be called once."""
+        """Write events and ends in one pipeline, the events of a job before its end; hear whether jobs wait."""
         logged = {each.job_id: each.first + len(each.events) for each in publications}
         batch: list[Command[int]] = [commands.publish(each) for each in publications]
         batch += [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
         if self._card is not None and self._card.model is not None:
             batch.append(commands.waiting(self._card.model))
         ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
-        read = self._runner.begin(batch)
-        return lambda: self._reported(ids, batch, read())
+        return self._reported(ids, batch, self._runner.answers(batch) if batch else [])
 
     def _reported(self, ids: Sequence[str], batch: Sequence[Command[int]], answers: Sequence[int]) -> Reported:
         early = [i for i, answer in enumerate(answers[: len(ids)]) if answer == commands.TOO_EARLY]

@@ -110,7 +110,7 @@ def test_a_request_that_cannot_be_computed_fails_at_once_by_name(store: Store, v
 
 
 def test_a_handed_back_job_goes_on_to_the_same_text(store: Store, valkey_url: str) -> None:
-    submit(store, "a", max_tokens=120, temperature=1.0, stop=["never ever"], logprobs=1)
+    submit(store, "a", max_tokens=400, temperature=1.0, stop=["never ever"], logprobs=1)
     for _ in range(3):
         with working(valkey_url, step_ms=5):
             before = store.get("a").tokens_generated
@@ -119,7 +119,7 @@ def test_a_handed_back_job_goes_on_to_the_same_text(store: Store, valkey_url: st
         job = ended(store, "a")
     submit(store, "b")
     undisturbed = InstantEngine()
-    undisturbed.add("a", Request(prompt="x", params=SamplingParams(max_tokens=120, temperature=1.0, logprobs=1)))
+    undisturbed.add("a", Request(prompt="x", params=SamplingParams(max_tokens=400, temperature=1.0, logprobs=1)))
     while not undisturbed.idle:
         last = undisturbed.step()[-1]
 
@@ -299,3 +299,21 @@ def test_a_worker_that_rq_forgot_appears_again(store: Store, valkey: redis.Redis
         valkey.srem("rq:workers", "rq:worker:w1")
 
         eventually(lambda: valkey.sismember("rq:workers", "rq:worker:w1") and valkey.hget("rq:worker:w1", "birth"))
+
+
+def test_the_engine_computes_on_while_redis_takes_its_time(store: Store, valkey: redis.Redis, valkey_url: str) -> None:
+    """Its answers are waited for beside the steps."""
+    engine = InstantEngine(InstantConfig(step_seconds=0.005))
+    with working(valkey_url, engine, publish_unread_seconds=0):
+        submit(store, "a", max_tokens=1_000)
+        published(store, "a")
+        valkey.execute_command("CLIENT", "PAUSE", 400, "WRITE")
+        began, before = time.monotonic(), engine.stats.steps
+        valkey.set("a write that waits", 1)
+        waited, steps = time.monotonic() - began, engine.stats.steps - before
+        store.cancel("a")
+        ended(store, "a")
+
+    assert waited > 0.3
+    assert steps > 20
+    assert text_of(store, "a")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-import redis
 
 from core.errors import StoreUnavailable
 from core.request import TokenEvent, TokenLogprob
@@ -43,36 +40,27 @@ def put(outbox: Outbox, running: Running, *token_ids: int) -> None:
         outbox.publish(running, event)
 
 
-def test_a_report_is_on_its_way_while_the_engine_computes(store: Store, own_valkey: Server) -> None:
-    outbox, running = Outbox(), start(store)
-    put(outbox, running, 1)
-    other = redis.Redis.from_url(own_valkey.url)
-    other.execute_command("CLIENT", "PAUSE", 500, "WRITE")
-    began = time.monotonic()
-    outbox.send(store)
-    sent = time.monotonic() - began
-    outbox.hear()
-    heard = time.monotonic() - began
-    other.close()
-
-    assert sent < 0.2
-    assert heard > 0.3
-    assert text_of(store.events("a")) == "w1 "
+def report(outbox: Outbox, store: Store, *, everything: bool = True) -> Reported:
+    """Say all and hear the answer."""
+    said = outbox.draw(everything=everything)
+    reported = store.report(said.publications, said.settlements)
+    outbox.confirm(said)
+    return reported
 
 
 def test_what_happens_before_the_answer_is_sent_with_the_next_report(store: Store) -> None:
     outbox, running = Outbox(), start(store)
     put(outbox, running, 1, 2)
-    outbox.send(store)
+    said = outbox.draw(everything=True)
+    store.report(said.publications, said.settlements)
     put(outbox, running, 3)
     outbox.finish(running, result())
     assert running.published == 0
-    outbox.hear()
+    outbox.confirm(said)
     assert running.published == 2
     assert len(outbox) == 2
     assert outbox.settling == {"a": 1}
-    outbox.send(store)
-    outbox.hear()
+    report(outbox, store)
 
     assert len(outbox) == 0
     assert text_of(store.events("a")) == "w1 w2 w3 "
@@ -82,35 +70,19 @@ def test_what_happens_before_the_answer_is_sent_with_the_next_report(store: Stor
 def test_what_was_sent_and_never_answered_is_sent_again_and_is_there_once(store: Store, own_valkey: Server) -> None:
     outbox, running = Outbox(), start(store)
     put(outbox, running, 1)
-    own_valkey.process.send_signal(signal.SIGSTOP)
-    outbox.send(store)
     own_valkey.process.kill()
     own_valkey.process.wait()
-    put(outbox, running, 2)
-    with pytest.raises(StoreUnavailable):
-        outbox.hear()
-    with pytest.raises(StoreUnavailable):
-        outbox.send(store)
-    assert outbox.hear().refused == frozenset()  # nothing is on its way
+    for token_id in (2, 3):
+        with pytest.raises(StoreUnavailable):
+            report(outbox, store)
+        put(outbox, running, token_id)
     again = start_valkey(own_valkey.folder)
     try:
-        outbox.send(store)
-        outbox.hear()
-        assert text_of(store.events("a")) == "w1 w2 "
+        report(outbox, store)
+        assert text_of(store.events("a")) == "w1 w2 w3 "
     finally:
         again.process.kill()
         again.process.wait()
-
-
-def test_answers_are_not_mistaken_for_another_commands(store: Store) -> None:
-    """A report on its way has its connection to itself."""
-    outbox, running = Outbox(), start(store)
-    put(outbox, running, 1)
-    outbox.send(store)
-
-    assert store.get("a").attempt == 1
-    assert store.queue().running == 1
-    assert outbox.hear().refused == frozenset()
 
 
 def test_a_job_that_was_taken_away_is_refused_and_forgotten(store: Store) -> None:
@@ -119,9 +91,8 @@ def test_a_job_that_was_taken_away_is_refused_and_forgotten(store: Store) -> Non
     store.expire_lease("w")
     born(store)
     take(store)
-    outbox.send(store)
+    refused = report(outbox, store).refused
     put(outbox, running, 2)
-    refused = outbox.hear().refused
     for job_id in refused:
         outbox.drop(job_id)
 
@@ -152,8 +123,7 @@ def test_the_tokens_of_several_steps_in_one_report_are_one_event_a_choice(store:
             scored = {"logprobs": (score(token_id),)} if index else {}
             outbox.publish(running, token("a", token_id, index=index, **scored))
     outbox.publish(running, TokenEvent(job_id="a", text="", token_ids=(7,)))
-    outbox.send(store)
-    outbox.hear()
+    report(outbox, store)
 
     scores = [score(token_id).to_wire() for token_id in (2, 4, 6)]
     first = {"index": 0, "text": "w1 w3 w5 ", "token_ids": [1, 3, 5, 7]}
@@ -168,8 +138,7 @@ def test_each_job_in_a_report_has_events_of_its_own(store: Store) -> None:
     for token_id in (1, 2):
         for running in jobs:
             put(outbox, running, token_id)
-    outbox.send(store)
-    outbox.hear()
+    report(outbox, store)
 
     assert said_by(store, "a") == said_by(store, "b") == [(1, fields(0, 1, 2))]
 
@@ -180,20 +149,12 @@ class Unheard(Store):
     lose = ""  #: "reply" or "report"; empty: nothing is lost
     sent: list[list[tuple[int, TokenEvent]]]  #: what each report held, by number
 
-    def begin_report(
-        self, publications: Sequence[Publication], settlements: Sequence[Settlement]
-    ) -> Callable[[], Reported]:
+    def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
         self.sent.append([(p.first + n, event) for p in publications for n, event in enumerate(p.events)])
-        if self.lose == "report":
+        reported = Reported() if self.lose == "report" else super().report(publications, settlements)
+        if self.lose:
             raise StoreUnavailable("away")
-        read = super().begin_report(publications, settlements)
-        if not self.lose:
-            return read
-        read()
-        return self._away
-
-    def _away(self) -> Reported:
-        raise StoreUnavailable("away")
+        return reported
 
 
 @pytest.fixture
@@ -207,9 +168,8 @@ def unheard(own_valkey: Server) -> Iterator[Unheard]:
 
 def lose_report(outbox: Outbox, store: Unheard, what: str) -> None:
     store.lose = what
-    with pytest.raises(StoreUnavailable):  # noqa: PT012  # one of the two says so
-        outbox.send(store)
-        outbox.hear()
+    with pytest.raises(StoreUnavailable):
+        report(outbox, store)
     store.lose = ""
 
 
@@ -224,12 +184,10 @@ def test_what_was_sent_and_never_answered_keeps_its_numbers_and_its_content_thou
     put(outbox, running, 3, 4)
     lose_report(outbox, unheard, what)
     put(outbox, running, 5)
-    outbox.send(unheard)
+    report(outbox, unheard)
     put(outbox, running, 6)
-    outbox.hear()
     outbox.finish(running, result())
-    outbox.send(unheard)
-    outbox.hear()
+    report(outbox, unheard)
 
     first, second, third, last = unheard.sent
     assert second[:1] == first
@@ -258,6 +216,30 @@ def test_a_report_tells_whether_jobs_wait_that_this_worker_may_claim(
     for job in jobs:
         add(store, **job)
     put(outbox, running, 1)
-    outbox.send(store)
 
-    assert outbox.hear().waiting is told
+    assert report(outbox, store).waiting is told
+
+
+# -- what nobody reads along can wait
+
+
+def test_first_tokens_what_is_read_along_and_what_ends_is_said_at_once_and_the_rest_with_everything(
+    store: Store,
+) -> None:
+    outbox, jobs = Outbox(), [start(store, job_id) for job_id in ("new", "read", "unread", "ended")]
+    _, read, unread, ended = jobs
+    for running in jobs[1:]:
+        put(outbox, running, 1)
+    report(outbox, store)
+    read.watched = True
+    for running in jobs:
+        put(outbox, running, 2)
+    outbox.finish(ended, result())
+    said = outbox.draw(everything=False)
+    assert [each.job_id for each in said.publications] == ["new", "read", "ended"]
+    assert [each.job_id for each in said.settlements] == ["ended"]
+    outbox.confirm(said)
+    put(outbox, unread, 3)
+
+    assert [each.job_id for each in outbox.draw(everything=True).publications] == ["unread"]
+    assert not outbox.draw(everything=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import ParamSpec, TypeVar
 
 import pytest
 
@@ -15,16 +17,19 @@ from jobs.connection import connect
 from jobs.job import JobState, NewJob
 from jobs.store import Claim, Publication, Reported, Settlement, Store, WorkerCard
 from tests.worker_world import store_settings
-from worker import loop
 from worker.engine_process import divide_cores
 from worker.loop import Worker
-from worker.outage import Every
+from worker.outage import Pace
 from worker.presence import Presence
 from worker.pulse import Pulse
 from worker.rq_worker import RqWorker
 from worker.settings import WorkerSettings
 from worker.stop import Stop
+from worker.talk import Talk
 from worker.upkeep import Upkeep
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 UNIT = 1 / 64  #: seconds; floating point knows it exactly
 LOOK = UNIT / 2**16  #: what a look at the clock takes, so that a loop that waits for a time gets there
@@ -58,25 +63,24 @@ class Diary(Store):
     cancelling: str = ""  #: a job that somebody cancels once the first report is there
     late: NewJob | None = None  #: a job that somebody puts in then
     claims: int = 0
-    deaf: bool = False  #: no report tells of waiting jobs
+    watching: Sequence[str] = ()  #: jobs that somebody reads along
 
     def claim(self, worker: str, card: ModelCard, room: int, running: int) -> Claim:
         self.claims += 1
         return super().claim(worker, card, room, running)
 
-    def begin_report(
-        self, publications: Sequence[Publication], settlements: Sequence[Settlement]
-    ) -> Callable[[], Reported]:
+    def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
         tokens = sum(len(event.token_ids) for each in publications for event in each.events)
-        self.told.append((self.clock.units, tokens, len(settlements)))
+        if tokens or settlements:
+            self.told.append((self.clock.units, tokens, len(settlements)))
         if len(self.told) <= self.lost:
             raise StoreUnavailable("away")
-        read = super().begin_report(publications, settlements)
+        reported = super().report(publications, settlements)
         if self.cancelling and len(self.told) == 1:
             self.cancel(self.cancelling)
         if self.late and len(self.told) == 1:
             self.submit(self.late)
-        return (lambda: dataclasses.replace(read(), waiting=False)) if self.deaf else read
+        return dataclasses.replace(reported, watched=frozenset(self.watching))
 
 
 @pytest.fixture
@@ -85,6 +89,15 @@ def diary(valkey_url: str) -> Iterator[Diary]:
     store.url, store.clock, store.told = valkey_url, FakeClock(), []
     yield store
     store.close()
+
+
+class SameThread(Executor):
+    """Talks are held when they are begun, and heard after the step as ever."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
 
 
 class LastEngine(InstantEngine):
@@ -103,7 +116,12 @@ class LastEngine(InstantEngine):
 
 
 def work(
-    store: Diary, *max_tokens: int, step_units: int = 1, publish_units: int = 4, waiting: int = 0
+    store: Diary,
+    *max_tokens: int,
+    step_units: int = 1,
+    publish_units: int = 4,
+    unread_units: int = 0,
+    waiting: int = 0,
 ) -> list[tuple[int, int, int]]:
     """Compute jobs of so many tokens, and those that wait, from one step on; when was reported, in units, and what."""
     for n, most in enumerate(max_tokens):
@@ -114,7 +132,8 @@ def work(
     presence = Presence(WorkerCard(name="w1", host="h", pid=1, model=engine.card), store, rq, Pulse(), 0.3)
     presence.arrive()
     upkeep = Upkeep(store, divide_cores(settings, store), 60)
-    Worker(engine, store, presence, upkeep, stop, Every(publish_units * UNIT, store.clock)).run()
+    pace = Pace(publish_units * UNIT, unread_units * UNIT, store.clock)
+    Worker(engine, Talk(store, presence, upkeep, engine.card), presence, stop, pace, SameThread()).run()
     return store.told
 
 
@@ -167,10 +186,7 @@ def test_a_report_that_did_not_arrive_is_sent_again_as_soon_as_redis_answers(dia
     assert again[0] < last[0] == 8_000
 
 
-def test_a_busy_worker_that_found_no_job_hears_of_the_next_one_from_its_reports(
-    diary: Diary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "LOOK_SECONDS", 3_600)
+def test_a_busy_worker_that_found_no_job_hears_of_the_next_one_from_its_reports(diary: Diary) -> None:
     diary.late = NewJob(id="late", request=Request(prompt="late", params=SamplingParams(max_tokens=2)))
     told = work(diary, 40, waiting=1)
 
@@ -179,12 +195,26 @@ def test_a_busy_worker_that_found_no_job_hears_of_the_next_one_from_its_reports(
     assert diary.claims <= 4
 
 
-def test_a_busy_worker_claims_again_after_a_while_though_no_report_told_of_a_job(
-    diary: Diary, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "LOOK_SECONDS", 0.0)
-    diary.deaf = True
+def test_a_busy_worker_with_nothing_to_report_still_asks_whether_jobs_wait(diary: Diary) -> None:
     diary.late = NewJob(id="late", request=Request(prompt="late", params=SamplingParams(max_tokens=2)))
-    told = work(diary, 40, waiting=1)
+    told = work(diary, 40, unread_units=1_000, waiting=1)
 
-    assert [ends for _, _, ends in told[:3]] == [0, 1, 0]
+    assert diary.get("late").state is JobState.SUCCEEDED
+    assert [(tokens, ends) for _, tokens, ends in told] == [(1, 0), (2, 1), (39, 1)]
+
+
+# -- jobs that nobody reads along
+
+
+def test_of_a_job_that_nobody_reads_along_the_first_token_is_reported_at_once_and_the_rest_seldom(
+    diary: Diary,
+) -> None:
+    assert work(diary, 20, publish_units=1, unread_units=8) == [(1, 1, 0), (9, 8, 0), (17, 8, 0), (20, 3, 1)]
+
+
+def test_a_job_is_reported_promptly_from_when_a_report_said_that_somebody_reads_along(diary: Diary) -> None:
+    diary.watching = ["j1"]
+    told = work(diary, 20, 20, publish_units=2, unread_units=8)
+
+    assert [tokens for _, tokens, _ in told] == [2, 2, 2, 2, 10, 2, 2, 2, 10, 2, 4]
+    assert [units for units, _, _ in told] == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 20]

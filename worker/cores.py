@@ -1,8 +1,9 @@
-"""How many threads a worker may use: the cores we are allowed, divided by the workers of this host. Knows no torch."""
+"""How many threads a worker may use: the cores we are allowed, divided by the workers of this host."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -49,18 +50,17 @@ def _read(path: Path) -> str:
         return ""
 
 
-class CoreShare:
-    """Keeps an engine's threads at its share of the cores, while workers come and go."""
+def use_threads(threads: int) -> None:
+    """Tell torch, if there is one in this process; to be called by the thread that computes."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(threads)
 
-    def __init__(
-        self,
-        read_others: Callable[[], Iterable[str]],
-        set_threads: Callable[[int], None],
-        *,
-        least: int,
-        fixed: int = 0,
-    ) -> None:
-        """Take how to read the other live workers' boot ids, and how to tell the engine.
+
+class CoreShare:
+    """An engine's share of the cores, while workers come and go."""
+
+    def __init__(self, read_others: Callable[[], Iterable[str]], *, least: int, fixed: int = 0) -> None:
+        """Take how to read the other live workers' boot ids.
 
         Args:
             fixed: threads that somebody has chosen; 0 for none.
@@ -68,18 +68,18 @@ class CoreShare:
         self.threads = fixed
         self._fixed = fixed
         self._read_others = read_others
-        self._set_threads = set_threads
         self._least = least
 
-    def adjust(self) -> None:
-        """Tell the engine if its share has changed.
+    def adjust(self) -> int | None:
+        """The engine's threads, where its share has changed.
 
         Raises:
             StoreUnavailable: who else is there cannot be told.
         """
         if self._fixed:
-            return
+            return None
         threads = share_cores(count_cores(), read_boot_id(), self._read_others(), least=self._least)
-        if threads != self.threads:
-            self.threads = threads
-            self._set_threads(threads)
+        if threads == self.threads:
+            return None
+        self.threads = threads
+        return threads

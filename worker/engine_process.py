@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from core.errors import StoreUnavailable
@@ -18,12 +18,13 @@ from jobs.settings import SettingError, StoreSettings
 from jobs.store import Store, WorkerCard
 from worker.cores import CoreShare, read_boot_id
 from worker.loop import Worker
-from worker.outage import Every
+from worker.outage import Pace
 from worker.presence import Presence
 from worker.pulse import Pulse
 from worker.rq_worker import RqWorker
 from worker.settings import WorkerSettings, read_vllm_args
 from worker.stop import Stop
+from worker.talk import Talk
 from worker.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def build(
     patiently(presence.arrive, stop)
     log.info("worker %s serves %s", name, engine.card.name)
     upkeep = Upkeep(store, divide_cores(settings, store), settings.tick_seconds)
-    return Worker(engine, store, presence, upkeep, stop, Every(settings.publish_seconds, time.monotonic))
+    talk = Talk(store, presence, upkeep, engine.card)
+    pace = Pace(settings.publish_seconds, settings.publish_unread_seconds, time.monotonic)
+    return Worker(engine, talk, presence, stop, pace, ThreadPoolExecutor(1, "talk"))
 
 
 def divide_cores(settings: WorkerSettings, store: Store) -> CoreShare:
@@ -91,7 +94,7 @@ def divide_cores(settings: WorkerSettings, store: Store) -> CoreShare:
     def read_others() -> list[str]:
         return [card.boot_id for card in store.workers() if card.name != settings.worker_name]
 
-    return CoreShare(read_others, _set_threads, least=settings.workers, fixed=settings.threads)
+    return CoreShare(read_others, least=settings.workers, fixed=settings.threads)
 
 
 def patiently(call: Callable[[], object], stop: Stop) -> None:
@@ -155,9 +158,3 @@ def _load_vllm(settings: WorkerSettings) -> EngineProtocol:
     except ValueError as error:
         raise SettingError(f"the engine's settings: {error}") from error
     return VllmEngine.load(config)
-
-
-def _set_threads(threads: int) -> None:
-    """Tell torch, if there is one in this process."""
-    if (torch := sys.modules.get("torch")) is not None:
-        torch.set_num_threads(threads)

@@ -1,28 +1,30 @@
-"""The loop: claim → step → publish → settle, between two steps of one engine. Knows no Redis command and no model.
+"""The loop: take in what Redis said → say what happened → step, of one engine. Knows no Redis command and no model.
 
-One thread does everything. The loop itself renews the lease and gives its parent signs of life, so a step that never
-returns stops both.
+It talks with Redis (``worker.talk``) on a second thread while the engine computes, one talk at a time, and acts on what
+was heard between two steps. Only the loop begins talks and gives its parent signs of life, so a step that never returns
+ends the lease and the signs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from concurrent.futures import Executor, Future
 
 from core.bounds import Wire
 from core.errors import EngineChanged, HeadraceError, JobTimeout, StoreUnavailable
 from core.protocol import EngineProtocol
 from core.request import Emitted, Event, FinishedEvent, FinishReason, TokenEvent
-from jobs.store import ClaimedJob, Store
-from worker.outage import Every, Outage
+from jobs.store import ClaimedJob
+from worker.cores import use_threads
+from worker.outage import Outage, Pace
 from worker.outbox import Outbox
 from worker.presence import Presence
 from worker.running import Gate, Running
 from worker.stop import Stop
-from worker.upkeep import Upkeep
+from worker.talk import Heard, Said, Talk
 
 IDLE_SECONDS = 0.5  #: the longest an idle worker blocks: a job that stock RQ put in wakes nobody
-LOOK_SECONDS = 0.2  #: after a claim that found no job, a worker that has others claims again, if no report tells of one
 SUSPENDED_SECONDS = 0.25  #: between two looks whether ``rq resume`` was called
 
 
@@ -30,30 +32,26 @@ class Worker:
     """One engine, and the jobs in it."""
 
     def __init__(
-        self,
-        engine: EngineProtocol,
-        store: Store,
-        presence: Presence,
-        upkeep: Upkeep,
-        stop: Stop,
-        report: Every,
+        self, engine: EngineProtocol, talk: Talk, presence: Presence, stop: Stop, pace: Pace, beside: Executor
     ) -> None:
-        """Take the parts; ``report`` is when tokens may be sent while there are more to compute."""
+        """Take the parts; ``beside`` is where talks are held while the engine computes."""
         self._engine = engine
-        self._store = store
+        self._talk = talk
         self._presence = presence
-        self._upkeep = upkeep
         self._stop = stop
+        self._pace = pace
+        self._beside = beside
         self._clock = time.monotonic
         self._running: dict[str, Running] = {}  # in the order of their claims
         self._outbox = Outbox()
-        self._report = report
+        self._talking: Future[Heard] | None = None
         self._gate = Gate()
         self._outage = Outage(self._clock)
+        self._waiting = True  # by what we heard last there may be jobs to claim
         self._more = False  # the last claim stopped before the queue's end
-        self._look_at = 0.0  # claims not before, while something is computed
         self._started = self._clock()
-        self._apart = 0.0  # seconds in step() or asleep: the rest is what the loop itself costs
+        self._apart = 0.0  # seconds in step() or asleep: the rest is what the loop itself costs, and
+        self._talked = 0.0  # processor seconds of talks beside it
 
     def run(self) -> None:
         """Claim, compute, report, until told to stop; then finish what was started, or hand it back.
@@ -61,97 +59,101 @@ class Worker:
         Raises:
             StoreUnavailable: Redis was away when we had to leave: leases run out, and results are computed again.
         """
-        while self._going_on():
-            self._presence.sign()
-            self._talk()
-            self._end_early()
-            self._take(self._step())
-            self._rest()
-        self._leave()
+        with self._beside:
+            while self._going_on():
+                self._presence.sign()
+                self._listen(patiently=not self._running)
+                self._speak()
+                self._end_early()
+                self._take(self._step())
+                self._rest()
+            self._leave()
 
     def _going_on(self) -> bool:
         unfinished = bool(self._running or self._outbox)
         return not self._stop.requested or (unfinished and not self._stop.overdue)
 
-    def _talk(self) -> None:
-        """Everything with Redis. While it is away nothing is claimed, and what happens stays in the outbox."""
-        if self._outage.wait_seconds:
-            return
-        try:
-            self._hear_report()
-            self._renew()
-            self._upkeep.do_if_due()
-            self._claim()
-            self._send_report()  # last, for Redis writes it to its disk while the next step is computed
-        except StoreUnavailable as error:
-            self._outage.begin(error)
-            self._presence.hurry()  # a claim may have been done and its reply lost: the next beat tells
-            self._report.hurry()  # what was not answered is sent again when Redis is back
-        else:
-            self._outage.end()
+    def _listen(self, *, patiently: bool) -> None:
+        """Act on what Redis said, if the talk is over; ``patiently``: wait until it is."""
+        if self._talking is not None and (patiently or self._talking.done()):
+            heard, self._talking = self._talking.result(), None
+            self._talked += heard.cpu_seconds
+            self._act(heard)
 
-    def _hear_report(self) -> None:
-        reported = self._outbox.hear()
-        if reported.waiting:
-            self._look_at = 0.0
-        self._hear(reported.refused, reported.cancels)
+    def _speak(self) -> None:
+        """Begin to talk, if it is time and Redis is there: beside the step, or before it, where there is none.
 
-    def _send_report(self) -> None:
-        """Say what happened, if it is time: short steps share a report, while there is more to compute.
-
-        Not beside a job whose worker died: should it die of that job again, all that the job had drawn is published,
-        and the crash rule sees an attempt that got no further.
+        Before it beside a job whose worker died, too, and each time: should it die of that job again, all that the job
+        had drawn is published, and the crash rule sees an attempt that got no further.
         """
-        at_once = not self._running or any(running.crashes for running in self._running.values())
-        if self._outbox and (at_once or self._report.due()):
-            self._outbox.send(self._store)
-
-    def _renew(self) -> None:
-        """Renew the lease when it is time, and hear what became of our jobs."""
-        running = {job_id: running.attempt for job_id, running in self._running.items()}
-        beat = self._presence.beat(self._state, {**self._outbox.settling, **running}, self._count)
-        if beat is not None:
-            self._hear(beat.lost, beat.cancels)
-
-    def _claim(self) -> None:
-        """Take in what the engine has room for, without waiting for more."""
-        self._more = False
-        if self._stop.requested or self._presence.suspended or not self._gate.opens(self._running):
+        if self._talking is not None or self._outage.wait_seconds:
             return
-        if (room := self._engine.room) > 0 and not (self._running and self._clock() < self._look_at):
-            claim = self._store.claim(self._presence.name, self._engine.card, room, len(self._running))
-            self._gate.note(claim)
-            self._more = claim.more
-            self._look_at = self._clock() + (0.0 if claim.jobs or claim.more else LOOK_SECONDS)
-            for job in claim.jobs:
-                self._start(job)
+        first = not self._running or any(running.crashes for running in self._running.values())
+        room = self._room
+        hungry = room > 0 and (self._waiting or not self._running)
+        if not (first or hungry or self._pace.due() or self._talk.next_seconds <= 0):
+            return
+        running = {job_id: running.attempt for job_id, running in self._running.items()}
+        said = Said(
+            state=self._state,
+            holding={**self._outbox.settling, **running},
+            stats=self._count(),
+            report=self._outbox.draw(everything=first or self._pace.all_due()),
+            room=room,
+            running=len(running),
+            hungry=hungry,
+        )
+        if first:
+            self._act(self._talk.hold(said))
+        else:
+            self._talking = self._beside.submit(self._talk.hold, said)
 
-    def _start(self, job: ClaimedJob) -> None:
+    @property
+    def _room(self) -> int:
+        """Jobs that may be claimed now."""
+        if self._stop.requested or self._presence.suspended or not self._gate.opens(self._running):
+            return 0
+        return self._engine.room
+
+    def _act(self, heard: Heard) -> None:
+        """Do what follows from a talk. While Redis is away nothing is claimed, and what happens stays in the outbox."""
+        self._more = False
+        if heard.reported is not None:
+            self._outbox.confirm(heard.said.report)
+            self._waiting = heard.reported.waiting
+            for job_id in heard.reported.watched & self._running.keys():
+                self._running[job_id].watched = True
+            self._hear(heard.reported.refused, heard.reported.cancels)
+        if heard.beat is not None:
+            self._hear(heard.beat.lost, heard.beat.cancels)
+        if heard.claim is not None:
+            self._gate.note(heard.claim)
+            self._more = heard.claim.more
+            self._waiting = bool(heard.claim.jobs) or heard.claim.more
+        for job, emitted in heard.begun:
+            self._start(job, emitted)
+        if heard.threads is not None:
+            use_threads(heard.threads)
+        if heard.fault is None:
+            self._outage.end()
+        else:
+            self._outage.begin(heard.fault)
+            self._presence.hurry()  # a claim may have been done and its reply lost: the next beat tells
+            self._pace.hurry()  # what was not answered is sent again when Redis is back
+
+    def _start(self, job: ClaimedJob, emitted: tuple[Emitted, ...]) -> None:
         """Put a claimed job into the engine; one that cannot be computed fails at once."""
         self._presence.sign()  # many long prompts take long to read
         try:
             if isinstance(job.request, HeadraceError):
                 raise job.request
-            self._engine.add(job.id, job.request, self._read_emitted(job))
-        except StoreUnavailable:
-            raise
+            if any(token_id >= self._engine.card.vocab_size for choice in emitted for token_id in choice.token_ids):
+                raise EngineChanged(self._engine.card.identity)  # the submitter said that any engine may go on
+            self._engine.add(job.id, job.request, emitted)
         except HeadraceError as error:
             self._outbox.fail(job.id, job.attempt, error)
         else:
             self._running[job.id] = Running.start(job, self._clock())
-
-    def _read_emitted(self, job: ClaimedJob) -> tuple[Emitted, ...]:
-        """What earlier attempts have published, by choice.
-
-        Raises:
-            EngineChanged: by an engine with another vocabulary; the submitter said that any may go on.
-        """
-        if job.next_event <= 1:
-            return ()
-        emitted = self._store.emitted(job.id)
-        if any(token_id >= self._engine.card.vocab_size for choice in emitted for token_id in choice.token_ids):
-            raise EngineChanged(self._engine.card.identity)
-        return emitted
 
     def _end_early(self) -> None:
         """Obey stop commands, deadlines and time-outs: the next step ends those jobs with what they have."""
@@ -188,18 +190,18 @@ class Worker:
 
     def _rest(self) -> None:
         """With nothing to compute and nothing to report, block until a job may be there."""
-        if self._running or (not self._outage.wait_seconds and (self._outbox or self._more)):
+        if self._running or self._talking or (not self._outage.wait_seconds and (self._outbox or self._more)):
             return
         start = self._clock()
         if self._outage.wait_seconds or self._presence.suspended:
             time.sleep(self._outage.wait_seconds or SUSPENDED_SECONDS)
         elif not self._stop.requested:
-            self._wait(min(IDLE_SECONDS, self._upkeep.next_seconds, self._presence.next_beat_seconds))
+            self._wait(min(IDLE_SECONDS, self._talk.next_seconds))
         self._apart += self._clock() - start
 
     def _wait(self, seconds: float) -> None:
         try:
-            self._store.wait(seconds)
+            self._talk.wait(seconds)
         except StoreUnavailable as error:
             if not self._stop.requested:  # being told to stop cuts a wait short
                 self._outage.begin(error)
@@ -227,13 +229,11 @@ class Worker:
         self._running.pop(job_id, None)
 
     def _leave(self) -> None:
-        """Hand back what still runs, in its order and with its tokens, and say goodbye."""
+        """Hand back what still runs, and say goodbye."""
         self._presence.sign()
-        self._hear_report()
-        self._outbox.send(self._store)
-        self._hear_report()
-        self._store.release([(running.job_id, running.attempt) for running in self._running.values()])
-        self._presence.leave()
+        self._listen(patiently=True)
+        running = [(running.job_id, running.attempt) for running in self._running.values()]
+        self._talk.leave(self._outbox.draw(everything=True), running)
 
     @property
     def _state(self) -> str:
@@ -253,6 +253,6 @@ class Worker:
             "cached_tokens": stats.cached_tokens,
             "preemptions": stats.preemptions,
             "step_seconds": round(stats.step_seconds, 3),
-            "loop_seconds": round(self._clock() - self._started - self._apart, 3),
+            "loop_seconds": round(self._clock() - self._started - self._apart + self._talked, 3),
             "decode_rows": stats.decode_rows,
         }

@@ -63,3 +63,25 @@ class Every:
     def hurry(self, seconds: float = 0.0) -> None:
         """Be due in at most so many seconds."""
         self._due_at = min(self._due_at, self._clock() + seconds)
+
+
+class Pace:
+    """When tokens are reported while there are more to compute."""
+
+    def __init__(self, seconds: float, unread_seconds: float, clock: Callable[[], float]) -> None:
+        """Take the shortest times between two reports: any, and any of jobs that nobody reads along."""
+        self._some = Every(seconds, clock)
+        self._all = Every(unread_seconds, clock)
+
+    def due(self) -> bool:
+        """Whether it is time for a report; asking sets the next time."""
+        return self._some.due()
+
+    def all_due(self) -> bool:
+        """Whether it is to tell of every job; asking sets the next time."""
+        return self._all.due()
+
+    def hurry(self) -> None:
+        """Be due at once, with every job."""
+        self._some.hurry()
+        self._all.hurry()

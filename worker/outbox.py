@@ -1,7 +1,7 @@
 """What happened to jobs and is not yet confirmed by Redis: kept in order, through any outage.
 
-A report is sent after a step and its answer read after the next one, so that Redis writes to its disk while the engine
-computes. What was sent stays here until then. The tokens of several steps that go in one report are one event a choice.
+What a report says stays here until it is confirmed. The tokens of several steps that go in one report are one event a
+choice.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import logging
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.errors import EngineError, HeadraceError
 from core.request import FinishReason, Result, TokenEvent
-from jobs.store import Outcome, Publication, Reported, Settlement, Store
+from jobs.store import Outcome, Publication, Settlement
 from worker.running import Running
 
 log = logging.getLogger("headrace.worker")
@@ -38,6 +38,11 @@ class Unpublished:
     first: int  #: number of the first of them
     events: list[TokenEvent] = field(default_factory=list)  #: sent, each as it will be in the log
     fresh: list[TokenEvent] = field(default_factory=list)  #: after them, as they came from the engine
+
+    @property
+    def urgent(self) -> bool:
+        """Somebody reads along, or may begin to: with the first token."""
+        return self.running.watched or not self.running.published
 
     def publication(self) -> Publication:
         """All that is to be sent."""
@@ -83,7 +88,6 @@ class Outbox:
     def __init__(self) -> None:
         self._unpublished: dict[str, Unpublished] = {}  # by job
         self._settlements: dict[str, Settlement] = {}
-        self._sent: Sent | None = None
 
     def __len__(self) -> int:
         return len(self._unpublished) + len(self._settlements)
@@ -127,40 +131,33 @@ class Outbox:
         self._unpublished.pop(job_id, None)
         self._settlements.pop(job_id, None)
 
-    def send(self, store: Store) -> None:
-        """Write everything, in one pipeline, without waiting for the answer; ``hear`` first what was sent before.
+    def draw(self, *, everything: bool) -> Report:
+        """What is to be said now: the ends and what goes before them, tokens that are urgent, or ``everything``."""
+        chosen = [
+            each
+            for job_id, each in self._unpublished.items()
+            if everything or each.urgent or job_id in self._settlements
+        ]
+        publications = [each.publication() for each in chosen]
+        counts = [(each, len(each.events)) for each in chosen]
+        return Report(publications, list(self._settlements.values()), counts)
 
-        Raises:
-            StoreUnavailable: everything stays, for the next time.
-        """
-        if self:
-            publications = [each.publication() for each in self._unpublished.values()]
-            counts = [(each, len(each.events)) for each in self._unpublished.values()]
-            settlements = list(self._settlements.values())
-            self._sent = Sent(counts, settlements, store.begin_report(publications, settlements))
-
-    def hear(self) -> Reported:
-        """What became of what was sent.
-
-        Raises:
-            StoreUnavailable: everything stays, to be sent again.
-        """
-        sent, self._sent = self._sent, None
-        if sent is None:
-            return Reported()
-        reported = sent.answer()
-        for each, count in sent.counts:
+    def confirm(self, report: Report) -> None:
+        """Redis has what this report said."""
+        for each, count in report.counts:
             each.confirm(count)
         self._unpublished = {job_id: each for job_id, each in self._unpublished.items() if each.events or each.fresh}
-        done = {id(settlement) for settlement in sent.settlements}
+        done = {id(settlement) for settlement in report.settlements}
         self._settlements = {job_id: each for job_id, each in self._settlements.items() if id(each) not in done}
-        return reported
 
 
 @dataclass(frozen=True, slots=True)
-class Sent:
-    """One report on its way."""
+class Report:
+    """What is said at once."""
 
-    counts: list[tuple[Unpublished, int]]
-    settlements: list[Settlement]
-    answer: Callable[[], Reported]
+    publications: Sequence[Publication]
+    settlements: Sequence[Settlement]
+    counts: Sequence[tuple[Unpublished, int]]  #: how many events of each are in it
+
+    def __bool__(self) -> bool:
+        return bool(self.publications or self.settlements)

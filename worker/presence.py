@@ -51,19 +51,19 @@ class Presence:
         self._store.birth(self._card)
         self._rq.register()
 
-    def beat(self, state: str, holding: Mapping[str, int], count: Callable[[], Wire]) -> Beat | None:
+    def beat(self, state: str, holding: Mapping[str, int], stats: Wire) -> Beat | None:
         """Renew the lease if it is time, and hand back what Redis says we hold and we do not know.
 
         Args:
             state: what to show; a change brings the next beat forward.
             holding: job id -> attempt, of all that is computed here or waits to be settled.
-            count: gives the counters for ``/metrics``.
+            stats: the counters for ``/metrics``.
         """
         if state != self._shown:
             self._every.hurry(PROMPTLY_SECONDS)
         if not self._every.due():
             return None
-        beat = self._store.renew(self.name, state, holding, count())
+        beat = self._store.renew(self.name, state, holding, stats)
         self._rq.beat(state)
         if beat.unknown:
             self._store.release(beat.unknown)

@@ -24,6 +24,7 @@ class Running:
     timeout_seconds: float
     crashes: int = 0  #: workers that died of it, or beside it
     published: int = 0  #: tokens of this attempt that Redis has
+    watched: bool = False  #: somebody reads along
     ending: FinishReason | None = None  #: the engine was told to end it, and why
 
     @classmethod

@@ -25,14 +25,15 @@ class Upkeep:
         """Until it is due again."""
         return self._every.in_seconds
 
-    def do_if_due(self) -> None:
-        """Look after the others, if it is time.
+    def do_if_due(self) -> int | None:
+        """Look after the others, if it is time; the engine's threads from now on, if that changes.
 
         Raises:
             StoreUnavailable: some of it is done; the rest comes next time.
         """
-        if self._every.due():
-            self._store.reap()
-            self._store.expire()
-            self._store.promote()
-            self._share.adjust()
+        if not self._every.due():
+            return None
+        self._store.reap()
+        self._store.expire()
+        self._store.promote()
+        return self._share.adjust()

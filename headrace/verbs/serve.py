@@ -19,8 +19,8 @@ MODEL_SETTINGS = ("model", "revision", "dtype", "kv_dtype", "device", "engine")
 ENGINE_SETTINGS = (*MODEL_SETTINGS, "vllm_args", "kv_memory", "max_model_len", "max_running", "step_tokens", "threads")
 WORKER_SETTINGS = (
     *ENGINE_SETTINGS,
-    *("drain_seconds", "stall_seconds", "lease_seconds", "grace_seconds", "tick_seconds", "publish_seconds"),
-    *("resume_wait_seconds", "instant_step_ms", "log_level"),
+    *("drain_seconds", "stall_seconds", "lease_seconds", "grace_seconds", "tick_seconds"),
+    *("publish_seconds", "publish_unread_seconds", "resume_wait_seconds", "instant_step_ms", "log_level"),
 )
 API_SETTINGS = (
     *("host", "port", "api_key", "api_key_file", "allow_origin", "durability", "max_queued"),

@@ -1,0 +1,102 @@
+"""One talk with Redis: renew the lease, report, claim, look after the others. Touches nothing of the loop's.
+
+It may be held beside a step, on a thread of its own: what is said is a snapshot, and what was heard is for the loop to
+act on between two steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from core.bounds import Wire
+from core.card import ModelCard
+from core.errors import StoreUnavailable
+from core.request import Emitted
+from jobs.store import Beat, Claim, ClaimedJob, Reported, Store
+from worker.outbox import Report
+from worker.presence import Presence
+from worker.upkeep import Upkeep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What a loop has to say, as it stands between two steps."""
+
+    state: str
+    holding: Mapping[str, int]  #: job id -> attempt, of all that is computed or waits to be settled
+    stats: Wire  #: for ``/metrics``
+    report: Report
+    room: int  #: jobs to claim, at most
+    running: int  #: jobs in the engine
+    hungry: bool  #: claim in any case: otherwise only if the report's answer tells of jobs that wait
+
+
+@dataclass(slots=True)
+class Heard:
+    """What Redis said to that. After a fault it holds what was heard before."""
+
+    said: Said
+    beat: Beat | None = None
+    reported: Reported | None = None
+    claim: Claim | None = None
+    begun: list[tuple[ClaimedJob, tuple[Emitted, ...]]] = field(default_factory=list)  #: with what others had emitted
+    threads: int | None = None  #: the engine's, from now on
+    fault: StoreUnavailable | None = None
+    cpu_seconds: float = 0.0  #: of the thread that talked
+
+
+class Talk:
+    """Holds talks, one at a time."""
+
+    def __init__(self, store: Store, presence: Presence, upkeep: Upkeep, card: ModelCard) -> None:
+        """Take the parts; jobs are claimed for the engine of ``card``."""
+        self._store = store
+        self._presence = presence
+        self._upkeep = upkeep
+        self._card = card
+
+    @property
+    def next_seconds(self) -> float:
+        """Until there is something to say whatever the engine does."""
+        return min(self._upkeep.next_seconds, self._presence.next_beat_seconds)
+
+    def hold(self, said: Said) -> Heard:
+        """Talk; a server that is away is part of the answer."""
+        heard, start = Heard(said), time.thread_time()
+        try:
+            self._hold(said, heard)
+        except StoreUnavailable as fault:
+            heard.fault = fault
+        heard.cpu_seconds = time.thread_time() - start
+        return heard
+
+    def _hold(self, said: Said, heard: Heard) -> None:
+        heard.beat = self._presence.beat(said.state, said.holding, said.stats)
+        if said.report or (said.room and not said.hungry):
+            heard.reported = self._store.report(said.report.publications, said.report.settlements)
+        if said.room and not self._presence.suspended and (said.hungry or (heard.reported and heard.reported.waiting)):
+            heard.claim = self._store.claim(self._presence.name, self._card, said.room, said.running)
+            for job in heard.claim.jobs:  # at a fault the next beat hands back those that are not read yet
+                heard.begun.append((job, self._store.emitted(job.id) if job.next_event > 1 else ()))
+        heard.threads = self._upkeep.do_if_due()
+
+    def wait(self, seconds: float) -> None:
+        """Block until a job may be there.
+
+        Raises:
+            StoreUnavailable: Redis is away, or the wait was cut short.
+        """
+        self._store.wait(seconds)
+
+    def leave(self, report: Report, unfinished: Sequence[tuple[str, int]]) -> None:
+        """Say the last, hand back what still runs (id, attempt) in its order and with its tokens, and disappear.
+
+        Raises:
+            StoreUnavailable: leases run out, and results are computed again.
+        """
+        if report:
+            self._store.report(report.publications, report.settlements)
+        self._store.release(unfinished)
+        self._presence.leave()
