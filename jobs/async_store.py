@@ -174,7 +174,7 @@ class AsyncStore:
         with self._watcher.follow(job_id, after) as inbox:
             row = await _outlast(self._row, job_id)
             last, shown = after, False
-            events = await _outlast(self.events, job_id, last)
+            events = await _outlast(self._follow, job_id, last)
             while True:
                 if not shown and any(event.type == "token" for event in events):
                     events, shown = await _outlast(self._show, job_id, last), True
@@ -217,6 +217,10 @@ class AsyncStore:
             await self._runner.run(commands.reindex([job_id]))
             row = await self._reads.run(commands.get(job_id))
         return row
+
+    async def _follow(self, job_id: str, after: int) -> Events:
+        """The log behind event ``after`` for a reader who stays: from now on what comes is published promptly."""
+        return await self._reads.run(commands.follow(job_id, after))
 
     async def _show(self, job_id: str, after: int) -> Events:
         """The log behind event ``after`` for a reader outside: from now on the answer is not started over."""

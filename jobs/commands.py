@@ -21,7 +21,7 @@ from jobs.scripting import Command, pack_exc
 from jobs.settings import StoreSettings
 from jobs.work import Beat, ClaimedJob, Publication, ReapReport, Settlement
 
-REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, TOO_EARLY = 0, 1, 2, 3, 4, -1
+REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, WATCHED, TOO_EARLY = 0, 1, 2, 3, 4, 5, -1
 FULL_QUEUE, FULL_STORE, LATE = -1, -2, -3  #: why a submission was refused
 LOOKS = 512  #: ids one claim may look at
 LONGEST_HOW = 120  #: characters of how a worker died
@@ -109,6 +109,11 @@ def delete(job_id: str) -> Command[None]:
 def events(job_id: str, after: int) -> Command[list[LoggedEvent]]:
     """Read the log from event ``after + 1`` on."""
     return Command("log", [job_id, after + 1], lambda answer: logs.read_log(answer, after + 1))
+
+
+def follow(job_id: str, after: int) -> Command[list[LoggedEvent]]:
+    """The same for somebody who goes on reading: from now on the job's worker publishes promptly."""
+    return Command("follow", [job_id, after + 1], lambda answer: logs.read_log(answer, after + 1))
 
 
 def show(job_id: str, after: int) -> Command[list[LoggedEvent]]:

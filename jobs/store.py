@@ -204,6 +204,7 @@ class Store:
         return Reported(
             refused=frozenset(told.get(commands.REFUSED, ())),
             cancels=frozenset(told.get(commands.CANCEL_WANTED, ())),
+            watched=frozenset(told.get(commands.WATCHED, ())),
             with_dependents=with_dependents,
             waiting=len(answers) > len(ids) and answers[-1] > 0,
         )

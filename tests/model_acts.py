@@ -121,7 +121,8 @@ def ask_for_nobody(world: World) -> None:
         except JobNotFound:
             continue
         raise AssertionError(f"{ask} found nobody")
-    assert world.store._runner.run(commands.show("nobody", -1)) == []
+    for read in (commands.follow, commands.show):
+        assert world.store._runner.run(read("nobody", -1)) == []
     assert not world.client.exists(f"{keys.JOB}nobody"), "shown, and there"
 
 
@@ -193,6 +194,17 @@ def show(world: World) -> None:
         world.shown[job_id] = list(view.log)
 
 
+def follow(world: World) -> None:
+    """Somebody begins to read along: whoever publishes hears of it (``publish``), and what they read may start over."""
+    if (job_id := world.any_id(S.RUNNING) if world.chance(0.5) else world.any_id()) and job_id not in world.by_rq:
+        before, after = world.views[job_id], world.random.choice((-1, -1, 2))
+        found = world.store._runner.run(commands.follow(job_id, after))
+        view = world.look(job_id)
+        assert found == [event for event in view.log if event.number > after]
+        watched = {} if view.job.state in FINAL else {"watched": "1"}
+        assert view.fields == {**before.fields, **watched}, f"{job_id}: followed, and is {view.fields}"
+
+
 def mourn(world: World) -> None:
     """Dead letters are listed, all of them and nothing else; what is dead no more is dropped."""
     for each in world.ids if world.chance(0.5) else ():  # worse than they were
@@ -260,7 +272,7 @@ def _page(world: World, states: Collection[S]) -> set[str]:
 #: Each act, and how likely it is.
 ACTS: dict[Callable[[World], None], int] = {
     submit: 16, submit_too_much: 1, submit_again: 2, ask_for_nobody: 1, cancel: 2, retry: 4, delete: 8, show: 5,
-    page: 2, mourn: 4,
+    follow: 4, page: 2, mourn: 4,
     claim: 24, publish: 18, settle: 7, zombie: 12, release: 6, renew: 4, suspend: 1, suspects_wait: 3,
     expire: 2, lose_patience: 2, forget: 3, promote: 4,
     collect: 4, note: 5, resend: 2, outlast_leases: 2, come_for_nothing: 1,

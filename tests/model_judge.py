@@ -20,7 +20,7 @@ KEEP = 86_400  #: seconds, of the jobs that do not say
 #: Fields that are of use only while a job is unfinished.
 FLEETING = {
     "cancel_requested", "published_attempt", "first_token", "read", "engine", "waiting_for", "last_heartbeat",
-    "suspect_at", "text_bytes",
+    "suspect_at", "text_bytes", "watched",
 }  # fmt: skip
 
 

@@ -37,7 +37,9 @@ def publish(world: World) -> None:
     for _ in range(world.random.choice((1, 1, 2))):
         reported = world.store.report([said], [])
         assert (job.id in reported.refused) != (ours or (settled and view.job.attempt == job.attempt))
-        assert (job.id in reported.cancels) == (ours and not settled and view.job.cancel_requested)
+        wanted = ours and not settled
+        assert (job.id in reported.cancels) == (wanted and view.job.cancel_requested)
+        assert (job.id in reported.watched) == (wanted and not view.job.cancel_requested and "watched" in view.fields)
     after = world.look(job.id)
     if not ours or settled:
         assert len(after.drawn) == len(view.drawn), f"{job.id}: said by whom it does not belong to"

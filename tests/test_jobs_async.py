@@ -200,6 +200,26 @@ def test_a_reader_that_went_away_is_followed_no_more(store: Store, valkey_url: s
     using(valkey_url, body)
 
 
+def test_a_worker_hears_which_of_its_jobs_somebody_reads_along(store: Store, valkey_url: str) -> None:
+    add(store, "a")
+    add(store, "b")
+    jobs = take(store)
+
+    async def body(door: AsyncStore) -> None:
+        assert store.report([say(job, 1) for job in jobs], []).watched == set()
+        reader = asyncio.create_task(read(door, "b"))
+        await asyncio.sleep(0.05)
+        assert store.report([say(job, 2, first=job.next_event + 1) for job in jobs], []).watched == {"b"}
+        store.cancel("b")
+        asked = store.report([say(jobs[1], 3, first=jobs[1].next_event + 2)], [])
+        assert not asked.watched
+        assert asked.cancels == {"b"}
+        store.report([], [done(job) for job in jobs])
+        await reader
+
+    using(valkey_url, body)
+
+
 def test_a_stream_ends_when_stock_rq_ends_the_job(store: Store, valkey_url: str, valkey: redis.Redis) -> None:
     add(store, "a")
 

@@ -106,11 +106,14 @@ MUTANTS = {
     "leaving with jobs in hand": Mutant("death", "if call('EXISTS', K.held .. worker) == 1 then", "if false then"),
     "deleting what runs": Mutant("delete", "if not is_final(job.state) or (", "if ("),
     "expiring what runs": Mutant("expire", "if job and job.state == 'queued' then", "if job then"),
+    "following without a mark": Mutant("follow", "call('HSET', K.job .. id, 'watched', 1)", "call('PING')"),
+    "marking what has ended": Mutant("follow", "and not is_final(job.state)", ""),
     "mending a job into no list": Mutant("mend", "  put_back(id, job)\n  return 'put it at", "  return 'put it at"),
     "noting whatever is said": Mutant("note", "or (state ~= 'delivered' and tonumber(attempts) ~= attempt)", ""),
     "promoting what is not scheduled": Mutant("promote", "if job and job.status == 'scheduled' then", "if job then"),
     "publishing without a fence": Mutant("publish", "if not job or job.attempt ~= attempt then", "if not job then"),
     "publishing twice": Mutant("publish", "if number >= job.events then", "if true then"),
+    "nobody hears of a reader": Mutant("publish", "job.watched and 5 or 1", "1"),
     "reaping what others hold": Mutant(
         "reap", "job.status == 'started' and job.attempt == tonumber(attempt)", "true"
     ),

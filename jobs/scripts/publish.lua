@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Append token events. ARGV: ttl, id, attempt, number of the first, then text, ids, index, logprobs of each.
--- Refused (0) unless the attempt is the job's; events that are there already are skipped. 4: somebody cancelled it.
+-- Refused (0) unless the attempt is the job's; events that are there already are skipped. 4: somebody cancelled it;
+-- 5: nobody did, and somebody reads along.
 -- A reaped attempt that nobody has claimed yet may still publish: its late result would count, too. Not one of a job that
 -- ended since and that stock RQ queued again: its log is closed, and goes when it is claimed.
 local id, attempt, first = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
@@ -40,4 +41,5 @@ if first_token then
   end
   if job.published_attempt ~= attempt then call('HSET', K.job .. id, 'published_attempt', attempt) end
 end
-return job.cancel_requested and 4 or 1
+if job.cancel_requested then return 4 end
+return job.watched and 5 or 1

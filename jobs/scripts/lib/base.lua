@@ -15,7 +15,7 @@ local FIELDS = {
   'status', 'attempt', 'crashes', 'kind', 'model', 'place', 'reason', 'events', 'tokens', 'ticket', 'closed',
   'settled', 'published_attempt', 'cancel_requested', 'deadline_at', 'suspect_at', 'result_ttl', 'failure_ttl',
   'worker_name', 'ended_at', 'rate_limit_key', 'engine', 'resume', 'waiting_for', 'read', 'first_token',
-  'text_bytes', 'webhook', 'callback', 'priority',
+  'text_bytes', 'webhook', 'callback', 'priority', 'watched',
 }
 -- The classes of the queue, the most urgent one first: in which list a job waits, and what it is counted by.
 local CLASSES = {

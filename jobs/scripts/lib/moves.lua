@@ -93,7 +93,7 @@ end
 
 -- What is of use only while a job is unfinished.
 local FLEETING = {'cancel_requested', 'published_attempt', 'first_token', 'read', 'engine', 'waiting_for',
-  'last_heartbeat', 'suspect_at', 'text_bytes'}
+  'last_heartbeat', 'suspect_at', 'text_bytes', 'watched'}
 
 -- End a job: the only way into a final state. how: status, reason, error, value, text_bytes (of the value), exc.
 local function finish(id, job, state, how)
@@ -140,7 +140,7 @@ local function note_end(id, job)
   log(id, job, 'f', 1)
   move(id, job, job.state)
   call('HSET', K.job .. id, 'closed', 1, 'events', job.events, 'place', job.state)
-  call('HDEL', K.job .. id, 'cancel_requested', 'waiting_for')
+  call('HDEL', K.job .. id, 'cancel_requested', 'waiting_for', 'watched')
   if not job.ended_at or job.ended_at == '' then call('HSET', K.job .. id, 'ended_at', stamp()) end
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)

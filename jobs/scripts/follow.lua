@@ -1,0 +1,7 @@
+#!lua flags=allow-oom
+-- A job's log from a number on, for somebody who reads along: from now on what is published of it is to come promptly.
+-- Not that anybody has read a token of it: that is show's to say. ARGV: ttl, id, number.
+local id = ARGV[2]
+local job = load(id)
+if job and not is_final(job.state) and not job.watched then call('HSET', K.job .. id, 'watched', 1) end
+return read_log(id, tonumber(ARGV[3]))
