@@ -1,12 +1,14 @@
 """What the worker's loop costs beside the engine: its seconds outside ``step()`` over the engine's inside it.
 
     python -m benchmarks.publishing --dtype float32 bfloat16
+    python -m benchmarks.publishing --watched
     python -m benchmarks.publishing --engine vllm --python .venv-vllm/bin/python \\
         --vllm-args "enable_prefix_caching=false enforce_eager=true"
 
 The workload of ``benchmarks.workload`` runs through a real worker process (32 rows) and a Valkey of its own that syncs
-each write to the disk; what happened is published by one pipeline between two steps, at most every 0.04 s
-(``publish_seconds``). Prints the median of the runs.
+each write to the disk. The loop's seconds are those between two steps, and the processor's in talks beside steps. Jobs
+that nobody reads along are reported every ``publish_unread_seconds``; with --watched somebody reads along each job, and
+what happened is published by one pipeline a step, at most every ``publish_seconds``. Prints the median of the runs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from benchmarks.rig import await_it, describe_machine, find, running_workers
 from benchmarks.workload import RUNNING, Item, english, make_workload
 from core.models.source import resolve
 from core.request import Request, SamplingParams
+from jobs import commands
 from jobs.job import NewJob
+from jobs.runner import Runner
 from jobs.settings import StoreSettings
 from jobs.store import Store
 
@@ -45,6 +49,7 @@ def main() -> None:
     parser.add_argument("--engine", default="torch", choices=["torch", "vllm"])
     parser.add_argument("--python", default=sys.executable, help="the worker's: vLLM has an environment of its own")
     parser.add_argument("--vllm-args", default="", help="see docs/vllm.md")
+    parser.add_argument("--watched", action="store_true", help="somebody reads along each job")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     folder = resolve(arguments.model)
@@ -58,7 +63,7 @@ def main() -> None:
             with running_workers(url, 1, python=arguments.python, max_running=RUNNING, **settings) as [process]:
                 store = Store(StoreSettings(redis_url=url))
                 await_worker(store, process)
-                print(row(dtype, measure(store, items, arguments.repeats)), flush=True)
+                print(row(dtype, measure(store, items, arguments.repeats, watched=arguments.watched)), flush=True)
                 store.close()
     command = " ".join(["python -m benchmarks.publishing", *sys.argv[1:]])
     print(f"\n{describe_machine()}, {time.strftime('%Y-%m-%d')}, `{command}`")
@@ -71,18 +76,21 @@ def await_worker(store: Store, process: subprocess.Popen[bytes]) -> None:
         raise SystemExit(f"the worker ended with {process.returncode} before it served")
 
 
-def measure(store: Store, items: Sequence[Item], repeats: int) -> list[dict[str, float]]:
+def measure(store: Store, items: Sequence[Item], repeats: int, *, watched: bool) -> list[dict[str, float]]:
     """The worker's counters of each run, after a warm-up."""
-    counters = [run(store, items[:4])]
+    counters = [run(store, items[:4], watched=watched)]
     for _ in range(repeats):
-        counters.append(run(store, items))
+        counters.append(run(store, items, watched=watched))
     names = ("loop_seconds", "step_seconds", "steps")
     return [{name: after[name] - before[name] for name in names} for before, after in itertools.pairwise(counters)]
 
 
-def run(store: Store, items: Sequence[Item]) -> dict[str, float]:
+def run(store: Store, items: Sequence[Item], *, watched: bool) -> dict[str, float]:
     """Queue the items, wait for their ends; what the worker has counted since it was born."""
     ids = [submit(store, item) for item in items]
+    if watched:
+        reader = Runner(store.connection, 86_400)
+        reader.answers([commands.follow(job_id, -1) for job_id in ids])
     await_it(lambda: not (store.queue().queued or store.queue().running), "end", seconds=RUN_SECONDS)
     if any(store.get(job_id).state != "succeeded" for job_id in ids):
         raise SystemExit("a job did not succeed")

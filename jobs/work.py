@@ -77,7 +77,6 @@ class Reported:
     cancels: frozenset[str] = frozenset()  #: jobs somebody wants ended
     watched: frozenset[str] = frozenset()  #: jobs somebody reads along: publish promptly
     with_dependents: tuple[str, ...] = ()  #: settled, and RQ's own code has released what waited for them
-    watched: frozenset[str] = frozenset()  #: jobs somebody reads along: publish promptly
     waiting: bool = False  #: there may be jobs to claim
 
 

@@ -89,16 +89,16 @@ class Worker:
         if self._talking is not None or self._outage.wait_seconds:
             return
         first = not self._running or any(running.crashes for running in self._running.values())
-        room = self._room
+        everything, room = first or self._pace.all_due(), self._room
         hungry = room > 0 and (self._waiting or not self._running)
-        if not (first or hungry or self._pace.due() or self._talk.next_seconds <= 0):
+        if not (everything or hungry or self._due(room)):
             return
         running = {job_id: running.attempt for job_id, running in self._running.items()}
         said = Said(
             state=self._state,
             holding={**self._outbox.settling, **running},
             stats=self._count(),
-            report=self._outbox.draw(everything=first or self._pace.all_due()),
+            report=self._outbox.draw(everything=everything),
             room=room,
             running=len(running),
             hungry=hungry,
@@ -107,6 +107,11 @@ class Worker:
             self._act(self._talk.hold(said))
         else:
             self._talking = self._beside.submit(self._talk.hold, said)
+
+    def _due(self, room: int) -> bool:
+        """Whether it is time to talk, though not of everything: of what is pressing, for jobs, or for the lease."""
+        pressing = self._outbox.pressing and self._pace.due()
+        return pressing or (room > 0 and self._pace.ask_due()) or self._talk.next_seconds <= 0
 
     @property
     def _room(self) -> int:
@@ -254,5 +259,5 @@ class Worker:
             "preemptions": stats.preemptions,
             "step_seconds": round(stats.step_seconds, 3),
             "loop_seconds": round(self._clock() - self._started - self._apart + self._talked, 3),
-            "decode_rows": stats.decode_rows,
+            "decode_rows": dict(stats.decode_rows),  # it grows while the talk goes on
         }

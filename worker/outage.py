@@ -9,6 +9,7 @@ log = logging.getLogger("headrace.worker")
 
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 0.5
+ASK_SECONDS = 0.1  #: a busy worker that has room asks so often whether jobs wait
 
 
 class Outage:
@@ -57,8 +58,12 @@ class Every:
         """Whether it is time; asking sets the next time."""
         if self.in_seconds > 0:
             return False
-        self._due_at = self._clock() + self._seconds
+        self.put_off()
         return True
+
+    def put_off(self) -> None:
+        """Be due in the whole time."""
+        self._due_at = self._clock() + self._seconds
 
     def hurry(self, seconds: float = 0.0) -> None:
         """Be due in at most so many seconds."""
@@ -66,22 +71,29 @@ class Every:
 
 
 class Pace:
-    """When tokens are reported while there are more to compute."""
+    """When to talk with Redis while there is something to compute. Asking whether it is time sets the next time."""
 
     def __init__(self, seconds: float, unread_seconds: float, clock: Callable[[], float]) -> None:
-        """Take the shortest times between two reports: any, and any of jobs that nobody reads along."""
+        """Take the shortest times between two reports: any, and of jobs that nobody reads along."""
         self._some = Every(seconds, clock)
-        self._all = Every(unread_seconds, clock)
+        self._all = Every(max(seconds, unread_seconds), clock)
+        self._ask = Every(ASK_SECONDS, clock)
 
     def due(self) -> bool:
-        """Whether it is time for a report; asking sets the next time."""
+        """Whether it is time to report what is pressing."""
         return self._some.due()
 
     def all_due(self) -> bool:
-        """Whether it is to tell of every job; asking sets the next time."""
-        return self._all.due()
+        """Whether it is time to report of every job."""
+        if not self._all.due():
+            return False
+        self._some.put_off()
+        return True
+
+    def ask_due(self) -> bool:
+        """Whether it is time to ask for more jobs."""
+        return self._ask.due()
 
     def hurry(self) -> None:
-        """Be due at once, with every job."""
-        self._some.hurry()
+        """Report of every job at once."""
         self._all.hurry()

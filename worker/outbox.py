@@ -97,6 +97,11 @@ class Outbox:
         """The attempts whose end Redis has not confirmed, by job."""
         return {settlement.job_id: settlement.attempt for settlement in self._settlements.values()}
 
+    @property
+    def pressing(self) -> bool:
+        """Something in it is not to wait for the rest."""
+        return bool(self._settlements) or any(each.urgent for each in self._unpublished.values())
+
     def publish(self, running: Running, event: TokenEvent) -> None:
         """Take the next token event of a job."""
         if running.job_id not in self._unpublished:
