@@ -1,7 +1,7 @@
 """Sends commands and reads answers: once with a blocking client, once with asyncio. Knows no job.
 
 Scripts are sent by their hash. A server that does not know them (it was restarted, or flushed) is given all of them,
-and the commands it could not run are sent again, in their order.
+and the commands it could not run are sent again, in their order, with their texts: it may be flushed again meanwhile.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ class Runner:
         missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:
             self.load()
-            again = self._send([commands[i] for i in missing], tail)
+            again = self._send([commands[i] for i in missing], tail, whole=True)
             _fill(answers, missing, again, bool(tail))
         return _checked(answers)
 
-    def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
+    def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any], *, whole: bool = False) -> list[Any]:
         with self.client.pipeline(transaction=False) as pipeline:
             for command in commands:
-                pipeline.execute_command(*_words(command, self._keep))
+                pipeline.execute_command(*_words(command, self._keep, whole=whole))
             if tail:
                 pipeline.execute_command(*tail)
             return list(pipeline.execute(raise_on_error=False))
@@ -116,23 +116,26 @@ class AsyncRunner:
         missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:
             await self.load()
-            again = await self._send([commands[i] for i in missing], tail)
+            again = await self._send([commands[i] for i in missing], tail, whole=True)
             _fill(answers, missing, again, bool(tail))
         return _checked(answers)
 
-    async def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
+    async def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any], *, whole: bool = False) -> list[Any]:
         async with self.client.pipeline(transaction=False) as pipeline:
             for command in commands:
-                pipeline.execute_command(*_words(command, self._keep))
+                pipeline.execute_command(*_words(command, self._keep, whole=whole))
             if tail:
                 pipeline.execute_command(*tail)
             return list(await pipeline.execute(raise_on_error=False))
 
 
-def _words(command: Command[Any], keep_seconds: int) -> list[Any]:
+def _words(command: Command[Any], keep_seconds: int, *, whole: bool = False) -> list[Any]:
+    """The command as it is sent; ``whole``: with the script's text."""
     if command.name.isupper():
         return [command.name, *command.args]
-    return ["EVALSHA", scripts()[command.name].sha, 0, keep_seconds, *command.args]
+    script = scripts()[command.name]
+    called = ["EVAL", script.text] if whole else ["EVALSHA", script.sha]
+    return [*called, 0, keep_seconds, *command.args]
 
 
 def _fill(answers: list[Any], missing: Sequence[int], again: Sequence[Any], with_tail: bool) -> None:

@@ -16,6 +16,7 @@ from jobs import keys
 from jobs.connection import connect, judge
 from jobs.durable import WAITS, check_on_disk
 from jobs.job import JobState
+from jobs.runner import Runner
 from jobs.scripting import scripts
 from jobs.settings import StoreSettings
 from jobs.store import Outcome, Store
@@ -48,6 +49,22 @@ def test_a_server_that_forgot_the_scripts_gets_them_again(store: Store, valkey: 
     assert reported.refused == frozenset()
     assert text_of(store.events("a")) == "w1 "
     assert store.get("a").state is S.SUCCEEDED
+
+
+def test_a_server_that_is_flushed_again_while_it_is_given_the_scripts_does_not_matter(
+    store: Store, valkey: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Runner.load
+
+    def load_and_lose(runner: Runner) -> None:
+        load(runner)
+        valkey.script_flush()
+
+    monkeypatch.setattr(Runner, "load", load_and_lose)
+    valkey.script_flush()
+    add(store, "a")
+
+    assert [job.id for job in take(store)] == ["a"]
 
 
 def test_events_are_written_before_the_end_even_when_one_script_is_lost(store: Store, valkey: redis.Redis) -> None:

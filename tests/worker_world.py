@@ -33,7 +33,14 @@ from worker.stop import Stop
 ROOT = Path(__file__).parent.parent
 
 #: Fast enough for tests, slow enough for a busy machine: a lease is renewed every third of a second.
-QUICK = {"lease_seconds": 1.0, "grace_seconds": 0.3, "tick_seconds": 0.1, "drain_seconds": 10, "instant_step_ms": 5}
+QUICK = {
+    "lease_seconds": 1.0,
+    "grace_seconds": 0.3,
+    "tick_seconds": 0.1,
+    "drain_seconds": 10,
+    "instant_step_ms": 5,
+    "publish_unread_seconds": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
