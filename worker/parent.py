@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -108,6 +109,13 @@ class Parent:
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
         """The exit code, or None after a poll's time."""
+        if hasattr(os, "pidfd_open"):  # Linux; subprocess looks twenty times a second
+            ending = os.pidfd_open(process.pid)
+            try:
+                select.select([ending], [], [], self._config.poll_seconds)
+            finally:
+                os.close(ending)
+            return process.poll()
         try:
             return process.wait(self._config.poll_seconds)
         except subprocess.TimeoutExpired:
