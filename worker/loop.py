@@ -49,9 +49,8 @@ class Worker:
         self._outage = Outage(self._clock)
         self._waiting = True  # by what we heard last there may be jobs to claim
         self._more = False  # the last claim stopped before the queue's end
-        self._started = self._clock()
-        self._apart = 0.0  # seconds in step() or asleep: the rest is what the loop itself costs, and
-        self._talked = 0.0  # processor seconds of talks beside it
+        self._cost = 0.0  # seconds outside step() with something to compute, and processor seconds of talks beside it
+        self._apart = 0.0  # seconds in step()
 
     def run(self) -> None:
         """Claim, compute, report, until told to stop; then finish what was started, or hand it back.
@@ -62,12 +61,19 @@ class Worker:
         with self._beside:
             while self._going_on():
                 self._presence.sign()
-                self._listen(patiently=not self._running)
-                self._speak()
-                self._end_early()
-                self._take(self._step())
+                self._turn()
                 self._rest()
             self._leave()
+
+    def _turn(self) -> None:
+        """Once round; with nothing to compute it costs nobody anything."""
+        start, apart, idle = self._clock(), self._apart, not self._running
+        self._listen(patiently=idle)
+        self._speak()
+        self._end_early()
+        self._take(self._step())
+        if self._running or not idle:
+            self._cost += self._clock() - start - (self._apart - apart)
 
     def _going_on(self) -> bool:
         unfinished = bool(self._running or self._outbox)
@@ -77,7 +83,7 @@ class Worker:
         """Act on what Redis said, if the talk is over; ``patiently``: wait until it is."""
         if self._talking is not None and (patiently or self._talking.done()):
             heard, self._talking = self._talking.result(), None
-            self._talked += heard.cpu_seconds
+            self._cost += heard.cpu_seconds
             self._act(heard)
 
     def _speak(self) -> None:
@@ -197,12 +203,10 @@ class Worker:
         """With nothing to compute and nothing to report, block until a job may be there."""
         if self._running or self._talking or (not self._outage.wait_seconds and (self._outbox or self._more)):
             return
-        start = self._clock()
         if self._outage.wait_seconds or self._presence.suspended:
             time.sleep(self._outage.wait_seconds or SUSPENDED_SECONDS)
         elif not self._stop.requested:
             self._wait(min(IDLE_SECONDS, self._talk.next_seconds))
-        self._apart += self._clock() - start
 
     def _wait(self, seconds: float) -> None:
         try:
@@ -258,6 +262,6 @@ class Worker:
             "cached_tokens": stats.cached_tokens,
             "preemptions": stats.preemptions,
             "step_seconds": round(stats.step_seconds, 3),
-            "loop_seconds": round(self._clock() - self._started - self._apart + self._talked, 3),
+            "loop_seconds": round(self._cost, 3),
             "decode_rows": dict(stats.decode_rows),  # it grows while the talk goes on
         }
