@@ -39,7 +39,7 @@ P = ParamSpec("P")
 
 PATIENCE_SECONDS = 5.0  #: a stream outlasts a server that is away for so long
 PAUSE_SECONDS = 0.1  #: between two tries of it
-LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have ended it without an event
+LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have ended it, and told nobody
 
 
 class AsyncStore:
@@ -190,19 +190,30 @@ class AsyncStore:
                     row = await _outlast(self._row, job_id)
                     events = await _outlast(self.events, job_id, last)
 
-    async def wait(self, job_id: str, timeout_seconds: float) -> Job:
-        """The job, once it has ended or the time is over. Raises JobNotFound."""
-        deadline = asyncio.get_running_loop().time() + timeout_seconds
-        row = await self._row(job_id)
-        if row.job.state in FINAL or timeout_seconds <= 0:
-            return row.job
-        with self._watcher.follow(job_id, row.events - 1) as inbox:
+    async def wait(self, job_id: str, timeout_seconds: float, *, fresh: bool = False) -> Job:
+        """The job, once it has ended or the time is over.
+
+        Args:
+            fresh: the caller saw it unfinished a moment ago, so there is no need to look at once.
+
+        Raises:
+            JobNotFound
+        """
+        if timeout_seconds <= 0:
+            return await self.get(job_id)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout_seconds
+        with self._watcher.awaiting(job_id) as ended:
+            if not fresh:
+                ended.set()
             while True:
-                row = await self._row(job_id)
-                left = deadline - asyncio.get_running_loop().time()
-                if row.job.state in FINAL or left <= 0:
-                    return row.job
-                await _until_finished(inbox, min(left, LOOK_SECONDS))
+                while not await _is_set(ended, min(LOOK_SECONDS, deadline - clock())):
+                    if clock() >= deadline or await self._is_over(job_id):
+                        break
+                ended.clear()
+                job = await self.get(job_id)
+                if job.state in FINAL or clock() >= deadline:
+                    return job
 
     async def _look_at_memory(self) -> MemoryReport:
         try:
@@ -210,6 +221,11 @@ class AsyncStore:
                 return read_memory(await self._runner.client.info("memory"))
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
+
+    async def _is_over(self, job_id: str) -> bool:
+        """A glance at a job that is silent; it costs a fraction of reading it."""
+        state = await self._reads.run(commands.state(job_id))
+        return state is None or state in FINAL
 
     async def _row(self, job_id: str) -> Row:
         row = await self._reads.run(commands.get(job_id))
@@ -261,11 +277,10 @@ async def _outlast(read: Callable[P, Awaitable[T]], *args: P.args, **more: P.kwa
             await asyncio.sleep(PAUSE_SECONDS)
 
 
-async def _until_finished(inbox: Inbox, seconds: float) -> None:
-    """Return once ``finished`` has come, or the time is over."""
+async def _is_set(event: asyncio.Event, seconds: float) -> bool:
+    """Return once it is, or the time is over."""
     try:
         async with asyncio.timeout(seconds):
-            while not any(event.type == "finished" for event in await inbox.get()):
-                pass
+            return await event.wait()
     except TimeoutError:
-        return
+        return False

@@ -63,6 +63,15 @@ def get(job_id: str) -> Command[Row]:
     return Command("get", [job_id], lambda answer: _row(answer, job_id))
 
 
+def state(job_id: str) -> Command[JobState | None]:
+    """A glance at a job's state, EXPIRED read as FAILED; None for an unknown id."""
+
+    def decode(status: Any) -> JobState | None:
+        return None if status is None else rows.STATES.get(status.decode(), JobState.QUEUED)
+
+    return Command("HGET", [f"{keys.JOB}{job_id}", "status"], decode)
+
+
 def page(
     states: Collection[JobState], kinds: Collection[Kind], after: str | None, limit: int
 ) -> Command[tuple[list[Job], list[str]]]:

@@ -102,7 +102,7 @@ local function finish(id, job, state, how)
   if job.closed then reopen(id, job) end
   unlist(id)
   job.state = state
-  log(id, job, 'f', 1)
+  log_end(id, job)
   move(id, job, state)
   local change = {'status', status, 'ended_at', stamp(), 'place', state, 'events', job.events, 'closed', 1}
   local function set(name, value) if value then change[#change + 1] = name; change[#change + 1] = value end end
@@ -137,7 +137,7 @@ end
 -- Stock RQ ended the job (cancel, another worker): our index, log and retention learn of it, once.
 local function note_end(id, job)
   if job.closed or not is_final(job.state) then return end
-  log(id, job, 'f', 1)
+  log_end(id, job)
   move(id, job, job.state)
   call('HSET', K.job .. id, 'closed', 1, 'events', job.events, 'place', job.state)
   call('HDEL', K.job .. id, 'cancel_requested', 'waiting_for', 'watched')

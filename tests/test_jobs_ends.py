@@ -1,0 +1,305 @@
+"""Who waits for a job hears of its end at once, whatever ends it, and reads nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from rq.job import Job as RqJob
+from rq.serializers import JSONSerializer
+
+from core.errors import JobNotFound
+from jobs import async_store, keys
+from jobs.async_store import AsyncStore
+from jobs.job import Job, JobState
+from jobs.store import Outcome, Store
+from tests.conftest import Server, start_valkey
+from tests.jobs_world import add, born, done, ended, failed, kill, say, settings, take
+from tests.test_jobs_async import using
+
+S = JobState
+AT_ONCE_SECONDS = 0.5
+
+
+@pytest.fixture
+def store(valkey_url: str) -> Iterator[Store]:
+    store = Store(settings(valkey_url))
+    born(store)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody finds an end by looking."""
+    monkeypatch.setattr(async_store, "LOOK_SECONDS", 3_600.0)
+
+
+def succeed(store: Store) -> None:
+    [job] = take(store)
+    store.report([], [done(job)])
+
+
+def fail(store: Store) -> None:
+    [job] = take(store)
+    store.report([], [failed(job)])
+
+
+def cancel_queued(store: Store) -> None:
+    store.cancel("a")
+
+
+def cancel_running(store: Store) -> None:
+    [job] = take(store)
+    store.cancel("a")
+    store.report([], [ended(job, Outcome.CANCELLED)])
+
+
+def cancel_and_hand_back(store: Store) -> None:
+    [job] = take(store)
+    store.cancel("a")
+    store.release([(job.id, job.attempt)])
+
+
+def run_out_of_time(store: Store) -> None:
+    store.connection.zadd(keys.DEADLINES, {"a": 1})
+    store.connection.hset(f"{keys.JOB}a", "deadline_at", 1)
+    store.expire()
+
+
+def run_out_of_time_running(store: Store) -> None:
+    [job] = take(store)
+    store.report([], [ended(job, Outcome.EXPIRED)])
+
+
+def poison(store: Store) -> None:
+    for _ in range(3):
+        born(store)
+        assert take(store)
+        kill(store)
+
+
+def succeed_late(store: Store) -> None:
+    """The result of a worker that was taken for dead."""
+    [job] = take(store)
+    kill(store)
+    store.report([], [done(job)])
+
+
+ENDS: dict[Callable[[Store], None], JobState] = {
+    succeed: S.SUCCEEDED, fail: S.FAILED, cancel_queued: S.CANCELLED, cancel_running: S.CANCELLED,
+    cancel_and_hand_back: S.CANCELLED, run_out_of_time: S.EXPIRED, run_out_of_time_running: S.EXPIRED,
+    poison: S.FAILED, succeed_late: S.SUCCEEDED,
+}  # fmt: skip
+
+
+async def hears(waiting: asyncio.Task[Job], since: float) -> Job:
+    """The job, told soon after ``since``."""
+    job = await waiting
+    assert time.monotonic() - since < AT_ONCE_SECONDS
+    return job
+
+
+async def wait_for_it(door: AsyncStore, job_id: str = "a") -> asyncio.Task[Job]:
+    """Somebody who has looked, and waits now."""
+    waiting = asyncio.create_task(door.wait(job_id, 3))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    return waiting
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("end", ENDS)
+def test_who_waits_hears_of_every_kind_of_end_at_once(store: Store, valkey_url: str, end: Callable[..., None]) -> None:
+    add(store, "a")
+
+    async def body(door: AsyncStore) -> JobState:
+        waiting = await wait_for_it(door)
+        start = time.monotonic()
+        end(store)
+        return (await hears(waiting, start)).state
+
+    assert using(valkey_url, body) is ENDS[end]
+
+
+@pytest.mark.usefixtures("blind")
+def test_every_process_hears_of_an_end(store: Store, valkey_url: str) -> None:
+    add(store, "a")
+
+    async def body(door: AsyncStore) -> None:
+        other = AsyncStore(settings(valkey_url))
+        waiting = [await wait_for_it(each) for each in (door, other, other)]
+        start = time.monotonic()
+        succeed(store)
+        assert [(await hears(each, start)).state for each in waiting] == [S.SUCCEEDED] * 3
+        await other.close()
+
+    using(valkey_url, body)
+
+
+def test_who_waits_reads_no_token_and_writes_nothing(store: Store, valkey_url: str, valkey: redis.Redis) -> None:
+    add(store, "a")
+    [job] = take(store)
+
+    async def body(door: AsyncStore) -> None:
+        waiting = await wait_for_it(door)
+        valkey.config_resetstat()
+        for number in range(20):
+            store.report([say(job, number, first=job.next_event + number)], [])
+            await asyncio.sleep(0.01)
+        reads = valkey.info("commandstats").get("cmdstat_xread", {"calls": 0})["calls"]
+        assert reads <= 1  # it asks again once a second
+        assert valkey.keys(f"{keys.WATCHERS}*") == []
+        store.report([], [done(job)])
+        assert (await waiting).state is S.SUCCEEDED
+
+    using(valkey_url, body)
+
+
+def test_an_end_before_the_first_read_is_not_missed(store: Store, valkey_url: str) -> None:
+    for job_id in ("a", "b"):
+        add(store, job_id)
+
+    async def body(door: AsyncStore) -> None:
+        for job_id in ("a", "b"):
+            with door._watcher.awaiting(job_id) as told:
+                store.cancel(job_id)  # nothing else has run since: nobody reads yet
+                await asyncio.wait_for(told.wait(), AT_ONCE_SECONDS)
+            await asyncio.sleep(1.2)  # nobody waits: it reads no more
+            assert door._watcher._task is not None
+            assert door._watcher._task.done()
+
+    using(valkey_url, body)
+
+
+@pytest.mark.usefixtures("blind")
+def test_who_has_just_seen_a_job_does_not_look_again_and_misses_no_end(
+    store: Store, valkey_url: str, valkey: redis.Redis
+) -> None:
+    for job_id in ("a", "b"):
+        add(store, job_id)
+
+    async def body(door: AsyncStore) -> None:
+        valkey.config_resetstat()
+        waiting = asyncio.create_task(door.wait("a", 3, fresh=True))
+        await asyncio.sleep(0.1)
+        assert "cmdstat_evalsha" not in valkey.info("commandstats")
+        store.cancel("b")
+        await asyncio.sleep(0.1)  # its end is read before anybody waits for it
+        start = time.monotonic()
+        assert (await door.wait("b", 3, fresh=True)).state is S.CANCELLED
+        store.cancel("a")
+        assert (await hears(waiting, start)).state is S.CANCELLED
+
+    using(valkey_url, body)
+
+
+def test_no_more_ends_are_remembered_than_the_stream_keeps(valkey_url: str) -> None:
+    async def body(door: AsyncStore) -> None:
+        door._watcher._tell_ends([(b"", {b"j": b"%d" % (number % 1_500)}) for number in range(2_000)])
+        assert list(door._watcher._lately) == [b"%d" % (number % 1_500) for number in range(1_000, 2_000)]
+
+    using(valkey_url, body)
+
+
+@pytest.mark.usefixtures("blind")
+def test_the_end_of_an_earlier_run_is_not_taken_for_that_of_this_one(
+    store: Store, valkey_url: str, valkey: redis.Redis
+) -> None:
+    add(store, "a")
+    fail(store)
+    store.retry("a")
+
+    async def body(door: AsyncStore) -> None:
+        waiting = await wait_for_it(door)  # it has heard of the first end, and looked again
+        valkey.config_resetstat()
+        await asyncio.sleep(0.1)
+        assert "cmdstat_evalsha" not in valkey.info("commandstats"), "it goes on looking"
+        start = time.monotonic()
+        succeed(store)
+        assert (await hears(waiting, start)).state is S.SUCCEEDED
+
+    using(valkey_url, body)
+
+
+@pytest.mark.usefixtures("blind")
+def test_who_waits_outlasts_a_restart_of_the_server(own_valkey: Server) -> None:
+    store = Store(settings(own_valkey.url))
+    born(store)
+    add(store, "a")
+    [job] = take(store)
+    servers = [own_valkey]
+
+    async def body(door: AsyncStore) -> None:
+        waiting = await wait_for_it(door)
+        own_valkey.process.kill()
+        own_valkey.process.wait(10)
+        servers.append(start_valkey(own_valkey.folder))
+        store.report([], [done(job)])
+        assert (await waiting).state is S.SUCCEEDED
+
+    try:
+        using(own_valkey.url, body)
+    finally:
+        servers[-1].process.kill()
+        servers[-1].process.wait(10)
+        store.close()
+
+
+def test_who_waits_for_a_job_that_is_wiped_out_is_told_so(store: Store, valkey_url: str, valkey: redis.Redis) -> None:
+    add(store, "a")
+
+    async def body(door: AsyncStore) -> None:
+        waiting = await wait_for_it(door)
+        valkey.flushall()
+        with pytest.raises(JobNotFound):
+            await waiting
+        add(store, "b")
+        again = await wait_for_it(door, "b")
+        start = time.monotonic()
+        store.cancel("b")
+        assert (await hears(again, start)).state is S.CANCELLED
+
+    using(valkey_url, body)
+
+
+def test_who_waits_for_a_job_that_stock_rq_ends_finds_it(store: Store, valkey_url: str, valkey: redis.Redis) -> None:
+    add(store, "a")
+
+    async def body(door: AsyncStore) -> JobState:
+        waiting = await wait_for_it(door)
+        RqJob.fetch("a", connection=valkey, serializer=JSONSerializer).cancel()
+        return (await waiting).state
+
+    assert using(valkey_url, body) is S.CANCELLED
+
+
+def test_a_look_at_a_silent_job_does_not_read_it(store: Store, valkey_url: str, valkey: redis.Redis) -> None:
+    add(store, "a")
+
+    async def body(door: AsyncStore) -> None:
+        waiting = await wait_for_it(door)
+        valkey.config_resetstat()
+        await asyncio.sleep(1.2)
+        stats = valkey.info("commandstats")
+        assert (stats["cmdstat_hget"]["calls"], "cmdstat_evalsha" in stats) == (1, False)
+        waiting.cancel()
+
+    using(valkey_url, body)
+
+
+def test_only_the_last_ends_are_kept(store: Store, valkey: redis.Redis) -> None:
+    with valkey.pipeline(transaction=False) as pipeline:
+        for _ in range(3_000):
+            pipeline.xadd(keys.ENDED, {"j": "x"})
+        pipeline.execute()
+    add(store, "a")
+    store.cancel("a")
+    last: Any = valkey.xrevrange(keys.ENDED, count=1)
+
+    assert [fields for _, fields in last] == [{b"j": b"a"}]
+    assert 1_000 <= valkey.xlen(keys.ENDED) <= 1_100
