@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from core.bounds import Wire
@@ -196,9 +195,14 @@ def adopt(job: ClaimedJob, kind: Kind, model: str, priority: int, created: int, 
     return Command("adopt", [job.id, job.attempt, kind.value, model, priority, created, int(route)], int)
 
 
-def publish(publication: Publication) -> Command[int]:
-    packed = itertools.chain.from_iterable(map(logs.pack_event, publication.events))
-    return Command("publish", [publication.job_id, publication.attempt, publication.first, *packed], int)
+def publish(publications: Sequence[Publication]) -> Command[list[int]]:
+    """Append events of several jobs; a code for each."""
+    args: list[Any] = []
+    for each in publications:
+        args += [each.job_id, each.attempt, each.first, len(each.events)]
+        for event in each.events:
+            args += logs.pack_event(event)
+    return Command("publish", args, list)
 
 
 def settle(settlement: Settlement, events_before: int) -> Command[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "ServerReport", "Settlement", "Store", "Submitted", "WorkerCard",
 ]  # fmt: skip
 
+PART = 64  #: jobs whose events one call of the script appends
 MOST_ROUNDS = 20  #: calls of one tick, each of bounded work
 
 
@@ -185,19 +187,22 @@ class Store:
     def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
         """Write events and ends in one pipeline, the events of a job before its end; hear whether jobs wait."""
         logged = {each.job_id: each.first + len(each.events) for each in publications}
-        batch: list[Command[int]] = [commands.publish(each) for each in publications]
-        batch += [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
+        parts = [publications[i : i + PART] for i in range(0, len(publications), PART)]
+        settles = [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
+        batch: list[Command[Any]] = [*map(commands.publish, parts), *settles]
         if self._card is not None and self._card.model is not None:
             batch.append(commands.waiting(self._card.model))
-        ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
-        return self._reported(ids, batch, self._runner.answers(batch) if batch else [])
-
-    def _reported(self, ids: Sequence[str], batch: Sequence[Command[int]], answers: Sequence[int]) -> Reported:
-        early = [i for i, answer in enumerate(answers[: len(ids)]) if answer == commands.TOO_EARLY]
-        again = dict(zip(early, self._runner.answers([batch[i] for i in early]), strict=True)) if early else {}
+        answers = self._runner.answers(batch) if batch else []
+        ends = answers[len(parts) : len(parts) + len(settles)]
+        early = [i for i, answer in enumerate(ends) if answer == commands.TOO_EARLY]
+        if early:  # the server had lost one script of two
+            for i, answer in zip(early, self._runner.answers([settles[i] for i in early]), strict=True):
+                ends[i] = answer
         told: dict[int, list[str]] = {}
-        for i, (job_id, answer) in enumerate(zip(ids, answers, strict=False)):
-            told.setdefault(again.get(i, answer), []).append(job_id)  # early: the server had lost one script of two
+        codes = [*itertools.chain.from_iterable(answers[: len(parts)]), *ends]
+        ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
+        for job_id, code in zip(ids, codes, strict=True):
+            told.setdefault(code, []).append(job_id)
         with_dependents = tuple(told.get(commands.HAS_DEPENDENTS, ()))
         if with_dependents:
             self._release_dependents()
@@ -206,7 +211,7 @@ class Store:
             cancels=frozenset(told.get(commands.CANCEL_WANTED, ())),
             watched=frozenset(told.get(commands.WATCHED, ())),
             with_dependents=with_dependents,
-            waiting=len(answers) > len(ids) and answers[-1] > 0,
+            waiting=len(answers) > len(parts) + len(settles) and answers[-1] > 0,
         )
 
     def release(self, jobs: Iterable[tuple[str, int]]) -> None:

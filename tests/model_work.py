@@ -35,7 +35,10 @@ def publish(world: World) -> None:
         adoption = commands.adopt(job, view.job.kind, model, view.job.priority, born, route=False)
         assert world.store._runner.run(adoption) == 1, f"{job.id}: not adopted by its own"
     for _ in range(world.random.choice((1, 1, 2))):
-        reported = world.store.report([said], [])
+        stranger = dataclasses.replace(said, job_id="unknown")
+        together = world.random.choice(([said], [stranger, said], [said, stranger]))
+        reported = world.store.report(together, [])
+        assert ("unknown" in reported.refused) == (len(together) == 2)
         assert (job.id in reported.refused) != (ours or (settled and view.job.attempt == job.attempt))
         wanted = ours and not settled
         assert (job.id in reported.cancels) == (wanted and view.job.cancel_requested)

@@ -10,8 +10,9 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from core.errors import EngineError, JobConflict
-from jobs import keys
+from jobs import commands, keys
 from jobs.job import JobState
+from jobs.runner import Runner
 from jobs.store import Outcome, Store
 from tests.jobs_world import (
     add,
@@ -129,6 +130,21 @@ def test_a_late_result_counts_while_nobody_has_claimed_the_job_again(store: Stor
     assert audit(valkey) == []
 
 
+def test_each_job_of_a_report_is_judged_by_itself(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.store.PART", 3)
+    jobs = [take(store)[0] for job_id in "abcdefg" if add(store, job_id)]
+    store.release([("b", 1)])
+    take(store)
+    store.cancel("d")
+    Runner(store.connection, 60).run(commands.follow("e", -1))
+    store.report([], [done(jobs[6])])
+    reported = store.report([say(job, *range(1, 2 + n)) for n, job in enumerate(jobs)], [done(jobs[5])])
+
+    assert [*reported.refused, *reported.cancels, *reported.watched] == ["b", "d", "e"]
+    assert [text_of(store.events(job_id)).count(" ") for job_id in "abcdefg"] == [1, 0, 3, 4, 5, 6, 0]
+    assert [store.get(job_id).state is S.SUCCEEDED for job_id in "afg"] == [False, True, True]
+
+
 def test_events_that_are_there_are_skipped_and_holes_are_our_bug(store: Store) -> None:
     add(store, "a")
     [job] = take(store)
@@ -145,8 +161,6 @@ def test_a_settlement_waits_for_the_events_before_it(store: Store, valkey: redis
     """A server that lost the publishing script only would otherwise end the job before its last words."""
     add(store, "a")
     [job] = take(store)
-    from jobs import commands
-
     assert store._runner.run(commands.settle(done(job), 2)) == commands.TOO_EARLY
     assert store.get("a").state is S.RUNNING
     store.report([say(job, 1)], [done(job)])
