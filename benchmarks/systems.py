@@ -111,12 +111,12 @@ class WholeSystem:
         command += ["--dtype", dtype, "--data-dir", str(data_dir), "--max-running", str(RUNNING)]
         self._log = (data_dir / "bench-up.log").open("wb")
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env={**os.environ})
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         self._rounds = itertools.count()
-        self._await(lambda: httpx2.get(f"{self._url}/ready", timeout=2).status_code == 200, seconds=180)
+        self._await(lambda: httpx2.get(f"{self.url}/ready", timeout=2).status_code == 200, seconds=180)
 
     def run(self, items: Sequence[Item]) -> Run:
-        with httpx2.Client(base_url=self._url, timeout=300, limits=httpx2.Limits(max_connections=len(items))) as client:
+        with httpx2.Client(base_url=self.url, timeout=300, limits=httpx2.Limits(max_connections=len(items))) as client:
             start = time.perf_counter()
             salt = f"round-{next(self._rounds)}"
             with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
@@ -129,7 +129,7 @@ class WholeSystem:
         After a rest, in which the worker tells its counters.
         """
         time.sleep(BEAT_SECONDS)
-        worker = httpx2.get(f"{self._url}/v1/workers", timeout=10).json()["data"][0]
+        worker = httpx2.get(f"{self.url}/v1/workers", timeout=10).json()["data"][0]
         stats = {name: float(worker["stats"][name]) for name in ("step_seconds", "loop_seconds")}
         return {**stats, "others_seconds": others_cpu_seconds(self._process.pid)}
 
