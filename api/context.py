@@ -32,10 +32,13 @@ class Context:
         """The job as clients see it, with an estimate of when its turn comes."""
         return job.to_wire(eta_seconds=await self.fleet.eta_seconds(job))
 
-    async def wait(self, job_id: str, seconds: float) -> Job:
+    async def wait(self, job_id: str, seconds: float, *, fresh: bool = False) -> Job:
         """The job, once it has ended, the time is over, or the server stops.
 
         Without a place for one more held request it answers at once: a poll is always right.
+
+        Args:
+            fresh: the caller saw it unfinished a moment ago.
 
         Raises:
             JobNotFound
@@ -43,7 +46,7 @@ class Context:
         if seconds <= 0 or self.held.full:
             return await self.store.get(job_id)
         with self.held.place():
-            future = await self.held.first(self.store.wait(job_id, seconds), None)
+            future = await self.held.first(self.store.wait(job_id, seconds, fresh=fresh), None)
             if future.done():
                 return future.result()
             future.cancel()

@@ -190,21 +190,30 @@ class AsyncStore:
                     row = await _outlast(self._row, job_id)
                     events = await _outlast(self.events, job_id, last)
 
-    async def wait(self, job_id: str, timeout_seconds: float) -> Job:
-        """The job, once it has ended or the time is over. Raises JobNotFound."""
+    async def wait(self, job_id: str, timeout_seconds: float, *, fresh: bool = False) -> Job:
+        """The job, once it has ended or the time is over.
+
+        Args:
+            fresh: the caller saw it unfinished a moment ago, so there is no need to look at once.
+
+        Raises:
+            JobNotFound
+        """
         if timeout_seconds <= 0:
             return await self.get(job_id)
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_seconds
         with self._watcher.awaiting(job_id) as ended:
+            if not fresh:
+                ended.set()
             while True:
+                while not await _is_set(ended, min(LOOK_SECONDS, deadline - clock())):
+                    if clock() >= deadline or await self._is_over(job_id):
+                        break
                 ended.clear()
                 job = await self.get(job_id)
                 if job.state in FINAL or clock() >= deadline:
                     return job
-                while not await _is_set(ended, min(LOOK_SECONDS, deadline - clock())):
-                    if clock() >= deadline or await self._is_over(job_id):
-                        break
 
     async def _look_at_memory(self) -> MemoryReport:
         try:

@@ -25,6 +25,7 @@ log = logging.getLogger("headrace.jobs.watch")
 
 BLOCK_MS = 1_000
 PAUSE_SECONDS = 0.2  #: after a fault
+ENDS = 1_000  #: so many are remembered, as many as the stream holds
 WAKE_SECONDS = 60  #: an unused wake stream is forgotten after so long
 ENDED_KEY = keys.ENDED.encode()
 
@@ -52,6 +53,7 @@ class Watcher:
         self._wake_key = f"{keys.WATCHERS}{uuid.uuid4().hex}".encode()
         self._wake_id = b"0-0"
         self._ended_id = b"0-0"  #: of the last end read; those of the time in which nobody waited are read first
+        self._lately: dict[bytes, None] = {}  #: the last ids read there, in order
         self._task: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -76,9 +78,11 @@ class Watcher:
 
     @contextlib.contextmanager
     def awaiting(self, job_id: str) -> Iterator[asyncio.Event]:
-        """Set when the job ends, or an earlier end of it comes to light: look at the job once after this, clear it
-        before each look, and look now and then: stock RQ tells nobody here."""
+        """Set when the job ends, or has ended lately, be it in an earlier run: who saw it unfinished a moment ago need
+        not look again before that. Clear it before each look, and look now and then: stock RQ tells nobody here."""
         key, ended = job_id.encode(), asyncio.Event()
+        if key in self._lately:
+            ended.set()
         self._awaited.setdefault(key, set()).add(ended)
         self._start()
         try:
@@ -121,9 +125,13 @@ class Watcher:
                 self._hand_out(key, entries)
 
     def _tell_ends(self, entries: Entries) -> None:
-        for _, fields in entries:
-            for ended in self._awaited.get(fields[b"j"], ()):
+        for job_id in (fields[b"j"] for _, fields in entries):
+            self._lately.pop(job_id, None)
+            self._lately[job_id] = None
+            for ended in self._awaited.get(job_id, ()):
                 ended.set()
+        while len(self._lately) > ENDS:
+            del self._lately[next(iter(self._lately))]
 
     def _hand_out(self, key: bytes, entries: Entries) -> None:
         followed = self._followed.get(key)

@@ -177,6 +177,36 @@ def test_an_end_before_the_first_read_is_not_missed(store: Store, valkey_url: st
 
 
 @pytest.mark.usefixtures("blind")
+def test_who_has_just_seen_a_job_does_not_look_again_and_misses_no_end(
+    store: Store, valkey_url: str, valkey: redis.Redis
+) -> None:
+    for job_id in ("a", "b"):
+        add(store, job_id)
+
+    async def body(door: AsyncStore) -> None:
+        valkey.config_resetstat()
+        waiting = asyncio.create_task(door.wait("a", 3, fresh=True))
+        await asyncio.sleep(0.1)
+        assert "cmdstat_evalsha" not in valkey.info("commandstats")
+        store.cancel("b")
+        await asyncio.sleep(0.1)  # its end is read before anybody waits for it
+        start = time.monotonic()
+        assert (await door.wait("b", 3, fresh=True)).state is S.CANCELLED
+        store.cancel("a")
+        assert (await hears(waiting, start)).state is S.CANCELLED
+
+    using(valkey_url, body)
+
+
+def test_no_more_ends_are_remembered_than_the_stream_keeps(valkey_url: str) -> None:
+    async def body(door: AsyncStore) -> None:
+        door._watcher._tell_ends([(b"", {b"j": b"%d" % (number % 1_500)}) for number in range(2_000)])
+        assert list(door._watcher._lately) == [b"%d" % (number % 1_500) for number in range(1_000, 2_000)]
+
+    using(valkey_url, body)
+
+
+@pytest.mark.usefixtures("blind")
 def test_the_end_of_an_earlier_run_is_not_taken_for_that_of_this_one(
     store: Store, valkey_url: str, valkey: redis.Redis
 ) -> None:

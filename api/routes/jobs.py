@@ -97,7 +97,7 @@ async def _submit(here: Context, body: GenerateBody | PredictBody, job_id: str, 
         raise IdReused(job_id)
     preference = read_prefer(prefer, here.settings.max_wait_seconds)
     if preference.wait_seconds and job.state not in FINAL:
-        job = await here.wait(job_id, preference.wait_seconds)
+        job = await here.wait(job_id, preference.wait_seconds, fresh=True)
     headers = {"location": f"/v1/jobs/{job_id}", "vary": "Prefer"}
     if preference.applied:
         headers["preference-applied"] = preference.applied

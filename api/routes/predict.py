@@ -34,7 +34,7 @@ async def predict(here: Here, body: AText) -> Response:
     new = NewJob(id=f"job_{uuid.uuid4().hex}", request=request, result_ttl_seconds=here.settings.result_ttl_seconds)
     await here.store.submit(new)
     seconds = here.settings.predict_wait_seconds
-    job = await here.wait(new.id, seconds)
+    job = await here.wait(new.id, seconds, fresh=True)
     if job.state not in FINAL:
         raise StillRunning(job.id, seconds)
     if job.state is not JobState.SUCCEEDED:
