@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -49,8 +50,10 @@ async def _serve(settings: ApiSettings, store_settings: StoreSettings) -> int:
         return 2
     except StoreUnavailable as error:
         log.warning("%s; /ready says 503 until it answers", error)
+    app = create_app(settings, store)
+    gc.freeze()  # what is here stays: each full collection would walk through all of it again
     try:
-        await server(create_app(settings, store), settings).serve()
+        await server(app, settings).serve()
     finally:
         await store.close()
     return 0

@@ -122,7 +122,7 @@ class IdsStore:
         self.submitted.append(new.request)
         self.job = Job(id=new.id, kind=new.request.kind, created_at=0.0, **self.ending)
 
-    async def wait(self, job_id: str, seconds: float) -> Job | None:
+    async def wait(self, job_id: str, seconds: float, *, fresh: bool = False) -> Job | None:
         return self.job
 
 
