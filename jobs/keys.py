@@ -1,4 +1,4 @@
-"""Every Redis key, named once; the scripts get this list as their table ``K``. Knows no command.
+"""Every Redis key, named once; ``K.name`` stands for it in the scripts. Knows no command.
 
 rq:...         RQ's own, exactly as RQ 3.0.0 writes them: ``rq info``, dashboards and ``Job.fetch`` read them
 headrace:...   ours

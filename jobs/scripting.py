@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +69,13 @@ def _build(name: str) -> Script:
     shebang, body = (FOLDER / f"{name}.lua").read_text(encoding="utf-8").split("\n", 1)
     exc = {key: pack_exc(text) for key, text in EXC.items()}
     seen = ",".join(f"'{field}'" for field in SEEN)
-    prelude = f"local K={_table(keys.table())} local EXC={_table(exc)} local SEEN={{{seen}}}"
     shared = [(FOLDER / "lib" / f"{part}.lua").read_text(encoding="utf-8") for part in SHARED]
-    text = "\n".join((shebang, prelude, *shared, body))
+    text = "\n".join((shebang, f"local EXC={_table(exc)} local SEEN={{{seen}}}", *shared, body))
+    # Redis runs all of it anew at each call: a key in the place of its name saves the table of them.
+    table = keys.table()
+    text = re.sub(r"\bK\.(\w+)", lambda found: f"'{table[found[1]]}'", text)
+    if "K[" in text:
+        text = text.replace("\n", f"\nlocal K={_table(table)} ", 1)
     return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
