@@ -16,7 +16,8 @@ import httpx2
 import pytest
 import redis
 
-from tests.api_world import submit
+from api import server as api_server
+from tests.api_world import front, submit
 from tests.conftest import Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,15 @@ def process(valkey_url: str) -> Iterator[tuple[subprocess.Popen[str], httpx2.Cli
         yield running, client
     running.kill()
     running.communicate()
+
+
+def test_a_server_that_is_told_to_end_does_so_at_once(valkey_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api_server, "TICK_SECONDS", 3_600.0)
+    with front(valkey_url) as client:
+        assert client.get("/health").headers["date"]
+        start = time.monotonic()
+
+    assert time.monotonic() - start < 2
 
 
 def test_sigterm_answers_what_is_held_open_and_exits_0(process: tuple[subprocess.Popen[str], httpx2.Client]) -> None:

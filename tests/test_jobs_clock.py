@@ -30,7 +30,7 @@ def store(valkey_url: str) -> Iterator[Store]:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_stamp_is_what_rq_writes_on_any_day(valkey: redis.Redis, seed: int) -> None:
     text = scripting.scripts()["get"].text
-    shared = text[text.index("local K=") : text.index("local function state_of")]
+    shared = text[text.index("local EXC=") : text.index("local function state_of")]
     script = valkey.register_script(shared.replace("call('TIME')", "{ARGV[2], ARGV[3]}") + "return stamp()")
     first, pick = datetime(2000, 2, 27, tzinfo=UTC), random.Random(seed)
     for day in [*range(4), 365, *(pick.randrange(36_600) for _ in range(300))]:
