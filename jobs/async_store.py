@@ -173,8 +173,9 @@ class AsyncStore:
         """
         with self._watcher.follow(job_id, after) as inbox:
             row = await _outlast(self._row, job_id)
-            last, shown = after, False
+            last = after
             events = await _outlast(self._follow, job_id, last)
+            shown = after < 0 and _is_first_attempt_without_tokens(events)
             while True:
                 if not shown and any(event.type == "token" for event in events):
                     events, shown = await _outlast(self._show, job_id, last), True
@@ -262,6 +263,11 @@ class AsyncStore:
         except redis.exceptions.NoPermissionError:
             return "unknown"
         return str(found.get("appendfsync", "unknown"))
+
+
+def _is_first_attempt_without_tokens(events: Events) -> bool:
+    """Of a log from its beginning. Tokens that come then counted as read when they were published: none starts over."""
+    return [event.type for event in events] in ([], ["started"])
 
 
 async def _outlast(read: Callable[P, Awaitable[T]], *args: P.args, **more: P.kwargs) -> T:

@@ -48,6 +48,7 @@ def publish(world: World) -> None:
         assert len(after.drawn) == len(view.drawn), f"{job.id}: said by whom it does not belong to"
         world.held[name].pop(job.id, None)
         return
+    assert "watched" not in after.fields or after.fields.get("read") == "1", f"{job.id}: read along, and may start over"
     for event, meant in zip(after.log[-len(said.events) :], said.events, strict=True):
         told = (event.fields["index"], event.fields["text"], tuple(event.fields["token_ids"]))
         assert told == (meant.index, meant.text, meant.token_ids)

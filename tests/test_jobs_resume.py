@@ -11,10 +11,11 @@ import pytest
 import redis
 
 from core.errors import JobNotFound
-from jobs import keys
+from jobs import commands, keys
 from jobs.async_store import AsyncStore
 from jobs.job import JobState, Resume
 from jobs.reports import LoggedEvent
+from jobs.runner import Runner
 from jobs.store import Store
 from tests.api_world import front
 from tests.jobs_world import (
@@ -110,6 +111,19 @@ def test_an_answer_that_somebody_has_read_waits_for_the_like_of_its_engine(
     assert text_of(store.events("a")) == "w1 w2 w3 "
     assert store.get("a").waiting_for is None
     assert audit(valkey) == []
+
+
+def test_an_answer_that_somebody_reads_along_counts_as_read_when_it_is_published(
+    store: Store, valkey: redis.Redis
+) -> None:
+    add(store, "a")
+    [job] = take(store)
+    Runner(valkey, 60).run(commands.follow("a", -1))
+    store.report([say(job, 1, 2)], [])
+    store.expire_lease("w")
+
+    assert take(store, "u", card=UNLIKE) == []
+    assert store.get("a").waiting_for == CARD.identity
 
 
 def test_a_reader_who_came_too_late_sees_the_new_answer_only(store: Store, valkey_url: str) -> None:

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- A job's log from a number on, for somebody who reads along: from now on what is published of it is to come promptly.
--- Not that anybody has read a token of it: that is show's to say. ARGV: ttl, id, number.
+-- A job's log from a number on, for somebody who reads along: what is published of it from now on is to come promptly, and
+-- counts as read. What is there already does not: that is show's to say. ARGV: ttl, id, number.
 local id = ARGV[2]
 local job = load(id)
 if job and not is_final(job.state) and not job.watched then call('HSET', K.job .. id, 'watched', 1) end

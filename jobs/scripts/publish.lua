@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Append token events. ARGV: ttl, then of each job: id, attempt, number of the first, how many, and of each event text, ids,
 -- index, logprobs. Answers a code for each job: 1 done, 5 done and somebody reads along, 4 somebody cancelled it, 0 refused.
--- Refused unless the attempt is the job's; events that are there already are skipped.
+-- Refused unless the attempt is the job's; events that are there already are skipped. What somebody reads along is read.
 -- A reaped attempt that nobody has claimed yet may still publish: its late result would count, too. Not one of a job that
 -- ended since and that stock RQ queued again: its log is closed, and goes when it is claimed.
 
@@ -30,6 +30,7 @@ local function append(id, job, attempt, first, at, last)
     call('HSET', K.job .. id, 'first_token', first_token, 'first_token_at', string.format('%.3f', NOW_US / 1000))
   end
   if job.published_attempt ~= attempt then call('HSET', K.job .. id, 'published_attempt', attempt) end
+  if job.watched and not job.read then call('HSET', K.job .. id, 'read', 1) end
 end
 
 local codes, at = {}, 2
