@@ -208,7 +208,7 @@ class AsyncStore:
             if not fresh:
                 ended.set()
             while True:
-                while not await _is_set(ended, min(LOOK_SECONDS, deadline - clock())):
+                while not await _is_set(ended, min(_until_look(), deadline - clock())):
                     if clock() >= deadline or await self._is_over(job_id):
                         break
                 ended.clear()
@@ -246,7 +246,7 @@ class AsyncStore:
     async def _next(self, inbox: Inbox, job_id: str, last: int) -> Events:
         """The events behind ``last`` that come within LOOK_SECONDS."""
         try:
-            told = await asyncio.wait_for(inbox.get(), LOOK_SECONDS)
+            told = await asyncio.wait_for(inbox.get(), _until_look())
         except TimeoutError:
             return []
         while not inbox.empty():
@@ -268,6 +268,11 @@ class AsyncStore:
 def _is_first_attempt_without_tokens(events: Events) -> bool:
     """Of a log from its beginning. Tokens that come then counted as read when they were published: none starts over."""
     return [event.type for event in events] in ([], ["started"])
+
+
+def _until_look() -> float:
+    """Seconds: all who wait look at the same times, and one pipeline asks for all."""
+    return LOOK_SECONDS - asyncio.get_running_loop().time() % LOOK_SECONDS
 
 
 async def _outlast(read: Callable[P, Awaitable[T]], *args: P.args, **more: P.kwargs) -> T:
