@@ -113,25 +113,28 @@ class WholeSystem:
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env={**os.environ})
         self.url = f"http://127.0.0.1:{port}"
         self._rounds = itertools.count()
+        self._others_seconds = 0.0
         self._await(lambda: httpx2.get(f"{self.url}/ready", timeout=2).status_code == 200, seconds=180)
 
     def run(self, items: Sequence[Item]) -> Run:
         with httpx2.Client(base_url=self.url, timeout=300, limits=httpx2.Limits(max_connections=len(items))) as client:
-            start = time.perf_counter()
+            before, start = others_cpu_seconds(self._process.pid), time.perf_counter()
             salt = f"round-{next(self._rounds)}"
             with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
                 tokens = list(pool.map(lambda item: self._one(client, item, salt), items))
-            return Run(seconds=time.perf_counter() - start, tokens=sum(tokens))
+            seconds = time.perf_counter() - start
+            self._others_seconds += others_cpu_seconds(self._process.pid) - before
+            return Run(seconds=seconds, tokens=sum(tokens))
 
     def counters(self) -> dict[str, float]:
-        """Seconds so far: inside ``step()`` and in the rest of the worker's loop, and of processors in all else.
+        """Seconds so far: in ``step()``, in the rest of the worker's loop; of processors in all else during ``run``.
 
         After a rest, in which the worker tells its counters.
         """
         time.sleep(BEAT_SECONDS)
         worker = httpx2.get(f"{self.url}/v1/workers", timeout=10).json()["data"][0]
         stats = {name: float(worker["stats"][name]) for name in ("step_seconds", "loop_seconds")}
-        return {**stats, "others_seconds": others_cpu_seconds(self._process.pid)}
+        return {**stats, "others_seconds": self._others_seconds}
 
     def close(self) -> None:
         self._process.terminate()
