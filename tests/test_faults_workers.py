@@ -56,9 +56,9 @@ def kill_mid_step(moment: Moment) -> bytes:
 CRASH_POINTS = {
     "before a claim": ("before", "claim", kill, 0),
     "after a claim, its reply unheard": ("after", "claim", kill, 0),
-    "before it publishes": ("before", "publish", kill, 20),
-    "after it has published, the reply unheard": ("after", "publish", kill, 20),
-    "in the middle of a step": ("after", "publish", kill_mid_step, 20),
+    "before it publishes": ("before", "publish", kill, 4),
+    "after it has published, the reply unheard": ("after", "publish", kill, 4),
+    "in the middle of a step": ("after", "publish", kill_mid_step, 4),
     "before it settles": ("before", "settle", kill, 2),
     "after it has settled, the reply unheard": ("after", "settle", kill, 2),
     "after it has renewed its lease": ("after", "renew", kill, 0),
