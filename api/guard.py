@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
 import hmac
 from urllib.parse import urlsplit
@@ -16,6 +18,8 @@ from core.errors import HeadraceError
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  #: the only paths that never want a key
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+LINGER_SECONDS = 1.0  #: for the rest of a body that is too large
+LINGER_BYTES = 1_048_576  #: of it
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -37,10 +41,11 @@ class Guard:
             return
         headers = Headers(scope=scope)
         error = self._objection(scope, headers)
+        bounded = _Bounded(receive, send, self._max_bytes, over=isinstance(error, BodyTooLarge))
         if error is not None:
-            await self._refuse(scope, error)(scope, receive, send)
+            await self._refuse(scope, error)(scope, receive, bounded.send)
             return
-        await self._app(scope, _Bounded(receive, self._max_bytes).receive, send)
+        await self._app(scope, bounded.receive, bounded.send)
 
     def _objection(self, scope: Scope, headers: Headers) -> HeadraceError | None:
         if self._digest is None:
@@ -72,10 +77,12 @@ class Guard:
 class _Bounded:
     """Counts a body's bytes as they come, so that one without a declared length is bounded too."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, receive: Receive, send: Send, limit: int, *, over: bool) -> None:
         self._receive = receive
+        self._send = send
         self._limit = limit
         self._seen = 0
+        self._over = over  # the connection is closed behind the answer
 
     async def receive(self) -> Message:
         """The next message.
@@ -86,8 +93,28 @@ class _Bounded:
         message = await self._receive()
         self._seen += len(message.get("body", b""))
         if self._seen > self._limit:
+            self._over = True
             raise BodyTooLarge(self._limit)
         return message
+
+    async def send(self, message: Message) -> None:
+        """Pass on; a connection that is to be closed stays open a little while its client still sends: it would be
+        reset, and the client would not see the answer (RFC 9112, section 9.6)."""
+        if self._over and message["type"] == "http.response.body" and not message.get("more_body"):
+            await self._send({**message, "more_body": True})
+            await self._read_some_more()
+            message = {**message, "body": b""}
+        await self._send(message)
+
+    async def _read_some_more(self) -> None:
+        read = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while read < LINGER_BYTES:
+                    message = await self._receive()
+                    read += len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        break
 
 
 def _digest(key: str) -> bytes:

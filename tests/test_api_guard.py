@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -168,6 +169,21 @@ def test_a_body_declared_too_large_is_refused_before_it_is_sent(locked: httpx2.C
         answer = client.recv(4_096)
 
     assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_client_that_still_sends_a_body_that_is_too_large_sees_the_answer(locked: httpx2.Client) -> None:
+    """A connection that is closed on unread bytes is reset, and the answer lost."""
+    head = f"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {KEY}\r\nContent-Length: 999999\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", locked.base_url.port or 0), timeout=10) as client:
+        client.sendall(head.encode())
+        time.sleep(0.2)
+        client.sendall(b" " * 500_000)
+        time.sleep(0.2)
+        client.sendall(b" " * 499_999)
+        answer = b"".join(iter(lambda: client.recv(65_536), b""))
+
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
 
 
 def test_a_head_without_end_is_cut_off(locked: httpx2.Client) -> None:
