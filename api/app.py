@@ -148,7 +148,7 @@ def _headers(error: HeadraceError) -> dict[str, str]:
     if isinstance(error, ours.MethodNotAllowed):
         return {"allow": error.allowed}
     if isinstance(error, ours.BodyTooLarge):
-        return {"connection": "close"}  # the rest of the body is not read
+        return {"connection": "close"}  # little of the rest of the body is read (``api.guard``)
     if isinstance(error, ours.StillRunning | ours.JobNotSucceeded | ours.IdReused):
         return {"location": f"/v1/jobs/{error.job_id}"}
     return {}

@@ -1,4 +1,4 @@
-"""The door to Redis for a worker: one thread. What it says and hears is in ``jobs.work`` and ``jobs.reports``."""
+"""A worker's door to Redis, for one caller at a time. What it says and hears: ``jobs.work`` and ``jobs.reports``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MOST_ROUNDS = 20  #: calls of one tick, each of bounded work
 
 
 class Store:
-    """Every operation, for one thread. Each may raise StoreUnavailable; calling it again is harmless."""
+    """Every operation, for one caller at a time. Each may raise StoreUnavailable; calling it again is harmless."""
 
     def __init__(self, settings: StoreSettings) -> None:
         """Take ``settings.redis_url``; nothing is sent yet."""

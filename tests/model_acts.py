@@ -195,7 +195,7 @@ def show(world: World) -> None:
 
 
 def follow(world: World) -> None:
-    """Somebody begins to read along: whoever publishes hears of it (``publish``), and what they read may start over."""
+    """Somebody begins to read along: whoever publishes hears of it, and what is there may still start over."""
     if (job_id := world.any_id(S.RUNNING) if world.chance(0.5) else world.any_id()) and job_id not in world.by_rq:
         before, after = world.views[job_id], world.random.choice((-1, -1, 2))
         found = world.store._runner.run(commands.follow(job_id, after))
