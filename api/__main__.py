@@ -13,6 +13,7 @@ from typing import NoReturn
 import uvloop
 
 from api.app import create_app
+from api.log import gather
 from api.server import server
 from api.settings import ApiSettings
 from core.errors import StoreUnavailable, UnsafeServer
@@ -35,7 +36,7 @@ def main() -> int:
     except ValueError as error:
         print(f"headrace api: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    gather(settings.log_level)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)  # uvicorn takes over while it serves, and raises the signal again at its end
     return uvloop.run(_serve(settings, store_settings))

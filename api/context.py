@@ -46,10 +46,8 @@ class Context:
         if seconds <= 0 or self.held.full:
             return await self.store.get(job_id)
         with self.held.place():
-            future = await self.held.first(self.store.wait(job_id, seconds, fresh=fresh), None)
-            if future.done():
-                return future.result()
-            future.cancel()
+            async with self.held.until_closed():
+                return await self.store.wait(job_id, seconds, fresh=fresh)
         return await self.store.get(job_id)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import TypeVar
 
 from api.errors import TooManyStreams
@@ -22,6 +22,7 @@ class Held:
         self.limit = limit
         self.count = 0
         self._closing = asyncio.Event()
+        self._limits: set[asyncio.Timeout] = set()
 
     @property
     def closing(self) -> bool:
@@ -34,6 +35,8 @@ class Held:
     def close(self) -> None:
         """Let go of every held request; call it on the event loop."""
         self._closing.set()
+        for limit in self._limits:
+            limit.reschedule(asyncio.get_running_loop().time())
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
@@ -49,6 +52,20 @@ class Held:
             yield
         finally:
             self.count -= 1
+
+    @contextlib.asynccontextmanager
+    async def until_closed(self) -> AsyncIterator[None]:
+        """What happens inside ends, without an error, when the server does."""
+        limit = asyncio.timeout(0 if self.closing else None)
+        try:
+            async with limit:
+                self._limits.add(limit)
+                yield
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        finally:
+            self._limits.discard(limit)
 
     async def first(self, awaited: Awaitable[T], seconds: float | None) -> asyncio.Future[T]:
         """Wait for ``awaited``, for ``seconds`` or for the server's end, whichever comes first.

@@ -12,11 +12,12 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from api.context import Context
+from api.log import write
 from api.settings import ApiSettings
 
 MAX_HEAD_BYTES = 65_536  #: request line and headers together, as h11 has it; httptools alone has no bound
 CHUNK_BYTES = 16  #: what the frame of one chunk of a body may take
-TICK_SECONDS = 1.0  #: between two dates of the Date header
+TICK_SECONDS = 1.0  #: between two dates of the Date header, and two writings of the log
 CLOSE_SECONDS = 10  #: after this, requests still open at the end are cut off
 
 
@@ -55,8 +56,9 @@ class Server(uvicorn.Server):
         await super().serve(sockets)
 
     async def main_loop(self) -> None:
-        """Renew the date until a signal has come; uvicorn's own looks ten times a second whether one has."""
+        """Renew the date, and write the log, until a signal has come; uvicorn's own looks ten times a second for one."""
         while not await self.on_tick(0):
+            write()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._ending.wait()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import redis
@@ -20,14 +21,16 @@ from jobs.dead_letters import DeadLetters
 from jobs.durable import WAITS, check_on_disk
 from jobs.job import FINAL, Job, JobState, NewJob
 from jobs.lane import Lane
+from jobs.line import Line
 from jobs.memory import MEMORY_SECONDS, MemoryReport, read_memory
 from jobs.pulse import Pulse
 from jobs.remembered import Remembered
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
 from jobs.rows import Row
 from jobs.runner import AsyncRunner
+from jobs.scripting import Command
 from jobs.settings import StoreSettings
-from jobs.watch import Inbox, Watcher
+from jobs.watch import LOOK_SECONDS, Inbox, Watcher
 
 #: ``list`` is the name of an operation below.
 Jobs: TypeAlias = list[Job]
@@ -39,7 +42,7 @@ P = ParamSpec("P")
 
 PATIENCE_SECONDS = 5.0  #: a stream outlasts a server that is away for so long
 PAUSE_SECONDS = 0.1  #: between two tries of it
-LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have ended it, and told nobody
+PART = 1_000  #: jobs that one question names
 
 
 class AsyncStore:
@@ -62,7 +65,7 @@ class AsyncStore:
         self._reads = Lane(self._runner)
         self._memory = Remembered(self._look_at_memory, MEMORY_SECONDS, time.monotonic)
         self.dead = DeadLetters(self._runner)
-        self._watcher = Watcher(connect_async(url, blocking=True), self._runner.client)
+        self._watcher = Watcher(Line(connect_async(url)), self._runner, self._over)
 
     @classmethod
     def connect(cls, settings: StoreSettings) -> AsyncStore:
@@ -73,13 +76,13 @@ class AsyncStore:
         await self._watcher.close()
         await self._submits.close()
         await self._reads.close()
-        await self._submitting.client.aclose()
-        await self._runner.client.aclose()
+        await self._submitting.close()
+        await self._runner.close()
         await self._pulse.close()
 
-    def check(self) -> None:
-        """Raise StoreUnavailable while the server does not answer; asks nobody."""
-        self._pulse.check()
+    async def check(self) -> None:
+        """Raise StoreUnavailable when the server does not answer."""
+        await self._runner.run(Command("PING", [], bool))
 
     async def inspect(self) -> ServerReport:
         """Look at the server. Raises UnsafeServer: it cannot keep ``settings.durability``."""
@@ -208,9 +211,9 @@ class AsyncStore:
             if not fresh:
                 ended.set()
             while True:
-                while not await _is_set(ended, min(_until_look(), deadline - clock())):
-                    if clock() >= deadline or await self._is_over(job_id):
-                        break
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(deadline):
+                        await ended.wait()
                 ended.clear()
                 job = await self.get(job_id)
                 if job.state in FINAL or clock() >= deadline:
@@ -223,10 +226,10 @@ class AsyncStore:
         except (redis.RedisError, OSError) as error:
             raise explain(error) from error
 
-    async def _is_over(self, job_id: str) -> bool:
-        """A glance at a job that is silent; it costs a fraction of reading it."""
-        state = await self._reads.run(commands.state(job_id))
-        return state is None or state in FINAL
+    async def _over(self, job_ids: Sequence[str]) -> Collection[str]:
+        """Those of the jobs that have ended, or are unknown."""
+        parts = [job_ids[i : i + PART] for i in range(0, len(job_ids), PART)]
+        return [job_id for part in parts for job_id in await self._reads.run(commands.over(part))]
 
     async def _row(self, job_id: str) -> Row:
         row = await self._reads.run(commands.get(job_id))
@@ -246,7 +249,7 @@ class AsyncStore:
     async def _next(self, inbox: Inbox, job_id: str, last: int) -> Events:
         """The events behind ``last`` that come within LOOK_SECONDS."""
         try:
-            told = await asyncio.wait_for(inbox.get(), _until_look())
+            told = await asyncio.wait_for(inbox.get(), LOOK_SECONDS)
         except TimeoutError:
             return []
         while not inbox.empty():
@@ -270,11 +273,6 @@ def _is_first_attempt_without_tokens(events: Events) -> bool:
     return [event.type for event in events] in ([], ["started"])
 
 
-def _until_look() -> float:
-    """Seconds: all who wait look at the same times, and one pipeline asks for all."""
-    return LOOK_SECONDS - asyncio.get_running_loop().time() % LOOK_SECONDS
-
-
 async def _outlast(read: Callable[P, Awaitable[T]], *args: P.args, **more: P.kwargs) -> T:
     """Read again while the server is away for a moment: a restart of it ends no stream."""
     clock = asyncio.get_running_loop().time
@@ -286,12 +284,3 @@ async def _outlast(read: Callable[P, Awaitable[T]], *args: P.args, **more: P.kwa
             if clock() > until:
                 raise
             await asyncio.sleep(PAUSE_SECONDS)
-
-
-async def _is_set(event: asyncio.Event, seconds: float) -> bool:
-    """Return once it is, or the time is over."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await event.wait()
-    except TimeoutError:
-        return False

@@ -62,13 +62,9 @@ def get(job_id: str) -> Command[Row]:
     return Command("get", [job_id], lambda answer: _row(answer, job_id))
 
 
-def state(job_id: str) -> Command[JobState | None]:
-    """A glance at a job's state, EXPIRED read as FAILED; None for an unknown id."""
-
-    def decode(status: Any) -> JobState | None:
-        return None if status is None else rows.STATES.get(status.decode(), JobState.QUEUED)
-
-    return Command("HGET", [f"{keys.JOB}{job_id}", "status"], decode)
+def over(job_ids: Sequence[str]) -> Command[list[str]]:
+    """Those of the jobs that have ended, or are unknown: a glance that reads none of them."""
+    return Command("over", job_ids, lambda answer: [job_id.decode() for job_id in answer])
 
 
 def page(

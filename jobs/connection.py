@@ -27,9 +27,9 @@ NOT_NOW = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", 
            "CLUSTERDOWN", "max number of clients")  # fmt: skip
 
 
-def options(*, blocking: bool = False) -> dict[str, Any]:
-    """Arguments for a client: bytes out, no silent retry (it would run a claim twice), no eternal wait."""
-    timeout = None if blocking else REPLY_SECONDS
+def options(*, endless: bool = False) -> dict[str, Any]:
+    """Arguments for a client: bytes out, no silent retry (it would run a claim twice), no eternal wait but if told."""
+    timeout = None if endless else REPLY_SECONDS
     return {
         "protocol": 2,
         "socket_timeout": timeout,
@@ -40,13 +40,13 @@ def options(*, blocking: bool = False) -> dict[str, Any]:
 
 def connect(url: str, *, blocking: bool = False) -> redis.Redis:
     """A client for one thread; nothing is sent yet."""
-    return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options(blocking=blocking))
+    return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **options(endless=blocking))
 
 
-def connect_async(url: str, *, blocking: bool = False) -> redis.asyncio.Redis:
-    """A client for one event loop; nothing is sent yet."""
+def connect_async(url: str) -> redis.asyncio.Redis:
+    """A client for one event loop; nothing is sent yet. How long an answer may take is its user's to bound."""
     retry = redis.asyncio.retry.Retry(NoBackoff(), 0)
-    return redis.asyncio.Redis.from_url(url, retry=retry, **options(blocking=blocking))
+    return redis.asyncio.Redis.from_url(url, retry=retry, **options(endless=True))
 
 
 def explain(error: Exception) -> Exception:

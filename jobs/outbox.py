@@ -47,7 +47,7 @@ class Outbox:
         await self._runner.run(note(callback, state, problem, again_in_seconds or 0))
 
     async def close(self) -> None:
-        await self._runner.client.aclose()
+        await self._runner.close()
         await self._pulse.close()
 
 

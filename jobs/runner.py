@@ -14,6 +14,7 @@ import redis.asyncio
 from redis.exceptions import NoScriptError, ResponseError
 
 from jobs.connection import explain
+from jobs.line import Line
 from jobs.pulse import Pulse
 from jobs.scripting import Command, scripts
 
@@ -95,6 +96,7 @@ class AsyncRunner:
 
     def __init__(self, client: redis.asyncio.Redis, keep_seconds: int, pulse: Pulse) -> None:
         self.client = client
+        self._line = Line(client)
         self._keep = keep_seconds
         self._pulse = pulse
 
@@ -121,10 +123,11 @@ class AsyncRunner:
 
     async def load(self) -> None:
         """Give the server all scripts."""
-        async with self.client.pipeline(transaction=False) as pipeline:
-            for script in scripts().values():
-                pipeline.script_load(script.text)
-            await pipeline.execute()
+        _checked(await self._line.ask([("SCRIPT", "LOAD", script.text) for script in scripts().values()]))
+
+    async def close(self) -> None:
+        await self._line.close()
+        await self.client.aclose()
 
     async def _answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
         answers = await self._send(commands, tail)
@@ -136,12 +139,8 @@ class AsyncRunner:
         return _checked(answers)
 
     async def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any], *, whole: bool = False) -> list[Any]:
-        async with self.client.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*_words(command, self._keep, whole=whole))
-            if tail:
-                pipeline.execute_command(*tail)
-            return list(await pipeline.execute(raise_on_error=False))
+        words = [_words(command, self._keep, whole=whole) for command in commands]
+        return await self._line.ask([*words, tail] if tail else words)
 
 
 def _words(command: Command[Any], keep_seconds: int, *, whole: bool = False) -> list[Any]:

@@ -57,7 +57,15 @@ def scripts() -> Mapping[str, Script]:
     """All scripts by name, in the order in which they are to be loaded: publishing must never be there later than
     settling, or a pipeline that meets a server without scripts could settle a job before its last words."""
     names = sorted(path.stem for path in FOLDER.glob("*.lua"))
-    return {name: _build(name) for name in names}
+    return {name: build(name, (FOLDER / f"{name}.lua").read_text(encoding="utf-8")) for name in names}
+
+
+def build(name: str, source: str) -> Script:
+    """The script of Lua text that begins with its shebang, with what it uses of what all share."""
+    shebang, body = source.split("\n", 1)
+    body = _literal(body)
+    text = "\n".join([shebang, *_needed(body), body])
+    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
 def pack_exc(text: str) -> str:
@@ -65,18 +73,35 @@ def pack_exc(text: str) -> str:
     return base64.b64encode(zlib.compress(text.encode())).decode()
 
 
-def _build(name: str) -> Script:
-    shebang, body = (FOLDER / f"{name}.lua").read_text(encoding="utf-8").split("\n", 1)
+def _needed(body: str) -> list[str]:
+    """What ``body`` uses of what all share, in order. No more, since Redis runs all of a script anew at each call."""
+    words, needed = _words(body), list[str]()
+    for name, part in reversed(_shared()):
+        if name in words:
+            needed.append(part)
+            words |= _words(part)
+    return needed[::-1]
+
+
+def _shared() -> list[tuple[str, str]]:
+    """The definitions that scripts share, by name, each behind those it uses."""
     exc = {key: pack_exc(text) for key, text in EXC.items()}
     seen = ",".join(f"'{field}'" for field in SEEN)
-    shared = [(FOLDER / "lib" / f"{part}.lua").read_text(encoding="utf-8") for part in SHARED]
-    text = "\n".join((shebang, f"local EXC={_table(exc)} local SEEN={{{seen}}}", *shared, body))
-    # Redis runs all of it anew at each call: a key in the place of its name saves the table of them.
+    tables = f"local K={_table(keys.table())}\nlocal EXC={_table(exc)}\nlocal SEEN={{{seen}}}\n"
+    library = [(FOLDER / "lib" / f"{part}.lua").read_text(encoding="utf-8") for part in SHARED]
+    parts = re.split(r"^local (?=(?:function )?(\w+))", tables + _literal("\n".join(library)), flags=re.MULTILINE)
+    return [(name, f"local {part}") for name, part in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def _literal(text: str) -> str:
+    """Lua text without comments, with keys in the places of their names: that saves the table of them."""
     table = keys.table()
-    text = re.sub(r"\bK\.(\w+)", lambda found: f"'{table[found[1]]}'", text)
-    if "K[" in text:
-        text = text.replace("\n", f"\nlocal K={_table(table)} ", 1)
-    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    return re.sub(r"\bK\.(\w+)", lambda found: f"'{table[found[1]]}'", re.sub(r"\s*--.*", "", text))
+
+
+def _words(text: str) -> set[str]:
+    """The names that Lua text may mean: none in strings, and no fields."""
+    return set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", re.sub(r"'[^'\n]*'", "", text)))
 
 
 def _table(values: Mapping[str, str]) -> str:

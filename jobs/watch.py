@@ -1,7 +1,7 @@
 """Hears of many jobs over one connection: what comes into their logs, and their ends. Knows no state and no script.
 
 One ``XREAD BLOCK`` waits on every followed log, on the stream of ends, and on one of our own, which wakes it when a log
-is to be added. Whoever waits for an end reads no log.
+is to be added. Whoever waits for an end reads no log; once a second one question asks which of those jobs are over.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import redis
-import redis.asyncio
 
+from core.errors import StoreError
 from jobs import keys
+from jobs.line import Line
 from jobs.logs import read_event
 from jobs.reports import LoggedEvent
+from jobs.runner import AsyncRunner
+from jobs.scripting import Command
 
 log = logging.getLogger("headrace.jobs.watch")
 
-BLOCK_MS = 1_000
+LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have ended it, and told nobody
+SILENCE_SECONDS = 1.5  #: a server that says nothing for so long after that is not waited for
 PAUSE_SECONDS = 0.2  #: after a fault
 ENDS = 1_000  #: so many are remembered, as many as the stream holds
 WAKE_SECONDS = 60  #: an unused wake stream is forgotten after so long
@@ -44,16 +48,19 @@ class Followed:
 class Watcher:
     """Hands each new event of a followed log to everyone who follows it, and tells of an end whoever waits for it."""
 
-    def __init__(self, blocking: redis.asyncio.Redis, client: redis.asyncio.Redis) -> None:
-        """Take a client of its own to block on, and one to wake it with."""
-        self._blocking = blocking
-        self._client = client
+    def __init__(
+        self, line: Line, runner: AsyncRunner, over: Callable[[Sequence[str]], Awaitable[Collection[str]]]
+    ) -> None:
+        """Take a line of its own to block on, a runner to wake it with, and who knows which of some jobs are over."""
+        self._line = line
+        self._runner = runner
+        self._over = over
         self._followed: dict[bytes, Followed] = {}
-        self._awaited: dict[bytes, set[asyncio.Event]] = {}  #: by job id
+        self._awaited: dict[str, set[asyncio.Event]] = {}  #: by job id
         self._wake_key = f"{keys.WATCHERS}{uuid.uuid4().hex}".encode()
         self._wake_id = b"0-0"
         self._ended_id = b"0-0"  #: of the last end read; those of the time in which nobody waited are read first
-        self._lately: dict[bytes, None] = {}  #: the last ids read there, in order
+        self._lately: dict[str, None] = {}  #: the last ids read there, in order
         self._task: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -78,44 +85,67 @@ class Watcher:
 
     @contextlib.contextmanager
     def awaiting(self, job_id: str) -> Iterator[asyncio.Event]:
-        """Set when the job ends, or has ended lately, be it in an earlier run: who saw it unfinished a moment ago need
-        not look again before that. Clear it before each look, and look now and then: stock RQ tells nobody here."""
-        key, ended = job_id.encode(), asyncio.Event()
-        if key in self._lately:
+        """Set when the job may have ended, be it lately or in an earlier run, or when nobody can say: who saw it
+        unfinished a moment ago need not look again before that. Clear it before each look."""
+        ended = asyncio.Event()
+        if job_id in self._lately:
             ended.set()
-        self._awaited.setdefault(key, set()).add(ended)
+        self._awaited.setdefault(job_id, set()).add(ended)
         self._start()
         try:
             yield ended
         finally:
-            self._awaited[key].discard(ended)
-            if not self._awaited[key]:
-                del self._awaited[key]
+            self._awaited[job_id].discard(ended)
+            if not self._awaited[job_id]:
+                del self._awaited[job_id]
 
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
-        await self._blocking.aclose()
+        await self._line.close()
 
     def _start(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
+        clock = asyncio.get_running_loop().time
+        look_at = clock() + LOOK_SECONDS
         while self._followed or self._awaited:
             try:
-                await self._read()
+                await self._read(look_at - clock())
             except (redis.RedisError, OSError) as error:
-                log.warning("following %d logs failed, trying again: %s", len(self._followed), error)
+                said = str(error) or "no answer"
+                log.warning("following %d logs failed, trying again: %s", len(self._followed), said)
                 await asyncio.sleep(PAUSE_SECONDS)
+            if clock() >= look_at:
+                look_at = clock() + LOOK_SECONDS
+                await self._look()
 
-    async def _read(self) -> None:
+    async def _look(self) -> None:
+        """Ask for all who wait; where that fails each of them asks, and hears why."""
+        over: Collection[str] = [*self._awaited]
+        with contextlib.suppress(StoreError):
+            over = await self._over([*self._awaited])
+        for job_id in over:
+            self._tell(job_id)
+
+    def _tell(self, job_id: str) -> None:
+        for ended in self._awaited.get(job_id, ()):
+            ended.set()
+
+    async def _read(self, seconds: float) -> None:
         streams = {self._wake_key: self._wake_id, ENDED_KEY: self._ended_id}
         streams |= {key: followed.last for key, followed in self._followed.items()}
-        words = ["XREAD", "COUNT", 1000, "BLOCK", BLOCK_MS, "STREAMS"]
-        answer = await self._blocking.execute_command(*words, *streams, *streams.values(), NEVER_DECODE=True)
-        for key, entries in answer or ():
+        block = max(1, round(seconds * 1000))
+        words = ["XREAD", "COUNT", 1000, "BLOCK", block, "STREAMS", *streams, *streams.values()]
+        async with asyncio.timeout(seconds + SILENCE_SECONDS):
+            [answer] = await self._line.ask([words])
+        if isinstance(answer, redis.ResponseError):
+            raise answer
+        for key, raw in answer or ():
+            entries = [(entry_id, dict(zip(fields[::2], fields[1::2], strict=True))) for entry_id, fields in raw]
             if key == self._wake_key:
                 self._wake_id = entries[-1][0]
             elif key == ENDED_KEY:
@@ -125,11 +155,10 @@ class Watcher:
                 self._hand_out(key, entries)
 
     def _tell_ends(self, entries: Entries) -> None:
-        for job_id in (fields[b"j"] for _, fields in entries):
+        for job_id in (fields[b"j"].decode() for _, fields in entries):
             self._lately.pop(job_id, None)
             self._lately[job_id] = None
-            for ended in self._awaited.get(job_id, ()):
-                ended.set()
+            self._tell(job_id)
         while len(self._lately) > ENDS:
             del self._lately[next(iter(self._lately))]
 
@@ -143,8 +172,6 @@ class Watcher:
             inbox.put_nowait(events)
 
     async def _wake(self) -> None:
-        with contextlib.suppress(redis.RedisError, OSError):  # it looks again within BLOCK_MS anyway
-            async with self._client.pipeline(transaction=False) as pipeline:
-                pipeline.xadd(self._wake_key, {"w": 1}, maxlen=1, approximate=False)
-                pipeline.expire(self._wake_key, WAKE_SECONDS)
-                await pipeline.execute()
+        add = Command("XADD", [self._wake_key, "MAXLEN", 1, "*", "w", 1], bool)
+        with contextlib.suppress(StoreError):  # it looks again within LOOK_SECONDS anyway
+            await self._runner.answers([add, Command("EXPIRE", [self._wake_key, WAKE_SECONDS], bool)])

@@ -244,6 +244,7 @@ def test_redis_keeps_what_202_promises() -> None:
         "noeviction",
     )
     assert (given["--stream-node-max-bytes"], given["--hash-max-listpack-value"]) == ("256", "4096")
+    assert given["--hz"] == "2"
     assert (given["--save"], given["--dir"]) == ("", "/data")
 
 

@@ -107,6 +107,7 @@ def test_the_server_is_configured_to_keep_what_202_promises_and_listens_on_its_s
         "stream-node-max-bytes": "256",
         "hash-max-listpack-value": "4096",
         "maxmemory-policy": "noeviction",
+        "hz": "2",
         "port": "0",
     }
 

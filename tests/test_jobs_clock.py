@@ -29,9 +29,8 @@ def store(valkey_url: str) -> Iterator[Store]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_stamp_is_what_rq_writes_on_any_day(valkey: redis.Redis, seed: int) -> None:
-    text = scripting.scripts()["get"].text
-    shared = text[text.index("local EXC=") : text.index("local function state_of")]
-    script = valkey.register_script(shared.replace("call('TIME')", "{ARGV[2], ARGV[3]}") + "return stamp()")
+    text = scripting.build("stamp", "#!lua\nreturn stamp()").text
+    script = valkey.register_script(text.replace("call('TIME')", "{ARGV[2], ARGV[3]}"))
     first, pick = datetime(2000, 2, 27, tzinfo=UTC), random.Random(seed)
     for day in [*range(4), 365, *(pick.randrange(36_600) for _ in range(300))]:
         moment = first + timedelta(days=day, seconds=pick.randrange(86_400), microseconds=pick.randrange(1_000_000))

@@ -79,11 +79,10 @@ def problem(answer: bytes, seconds: float, act: Callable[[], None]) -> str:
     async def run() -> str:
         pulse = Pulse(connect_async(fake.url))
         try:
-            pulse.check()
-            await asyncio.sleep(0.1)
-            act()
-            await asyncio.sleep(0.1)
-            pulse.check()
+            async with pulse.beating():
+                await asyncio.sleep(PAUSE_SECONDS + 0.1)
+                act()
+                await asyncio.sleep(0.1)
         except StoreUnavailable as error:
             return str(error)
         finally:
@@ -124,7 +123,7 @@ def test_a_connection_that_is_cut_is_no_outage(valkey_url: str, valkey: redis.Re
         for _ in range(20):
             valkey.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
             await asyncio.sleep(PAUSE_SECONDS / 5)
-            door.check()
+            await door.check()
         assert (await door.get("a")).id == "a"
 
     using(valkey_url, body)

@@ -43,7 +43,7 @@ async def metrics(here: Here) -> Response:
 
 async def _reasons(here: Context) -> list[str]:
     try:
-        here.store.check()  # what the fleet remembers may be from before
+        await here.store.check()  # what the fleet remembers may be from before
         await here.fleet.server()
         workers = await here.fleet.workers()
     except UnsafeServer as error:
