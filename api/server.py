@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         await super().serve(sockets)
 
     async def main_loop(self) -> None:
-        """Renew the date, and write the log, until a signal has come; uvicorn's own looks ten times a second for one."""
+        """Renew the date and write the log until a signal has come; uvicorn's own looks ten times a second for one."""
         while not await self.on_tick(0):
             write()
             with contextlib.suppress(TimeoutError):

@@ -29,7 +29,7 @@ from jobs.job import NewJob
 from jobs.memory import MemoryReport
 from jobs.runner import Runner
 from jobs.settings import StoreSettings
-from jobs.store import Store, WorkerCard
+from jobs.store import Store, Wanted, WorkerCard
 
 #: As the embedded server is configured.
 SIZES = ("--stream-node-max-bytes", "256", "--hash-max-listpack-value", "4096")
@@ -94,7 +94,7 @@ def measure(store: Store, repeats: int) -> dict[str, list[float]]:
         store.submit(other)
         timed(times["poll"], lambda job=job: store.get(job.id))  # type: ignore[misc]
         timed(times["cancel"], lambda job=job: store.cancel(job.id))  # type: ignore[misc]
-        timed(times["claim"], lambda: store.claim("w", CARD, 1, 0))
+        timed(times["claim"], lambda: store.claim(Wanted("w", CARD, 1, 0)))
     return times
 
 

@@ -27,8 +27,8 @@ OLDEST = (7, 2)  #: WAITAOF came with it
 LOCK_SECONDS = 3.0
 PATH_LIMIT = 100  #: bytes; a unix socket's path ends at 108 on Linux and 104 on macOS
 
-#: 202 means on disk: every write is synced before it is answered, and nothing is ever evicted. It looks after itself twice
-#: a second instead of ten times: next to an engine that fills the caches each time costs 0.4 ms of a processor.
+#: 202 means on disk: every write is synced before it is answered, and nothing is ever evicted. It looks after itself
+#: twice a second instead of ten times: next to an engine that fills the caches each time takes 0.4 ms of a processor.
 CONFIGURATION = """\
 port 0
 daemonize no

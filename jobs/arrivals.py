@@ -35,7 +35,7 @@ def read_claim(
 
 
 def _read(entry: Sequence[Any]) -> ClaimedJob:
-    job_id, attempt, next_event, crashes, deadline, (data, _, timeout, *rest) = entry
+    job_id, attempt, next_event, crashes, deadline, (data, _, timeout, *rest), watched, young = entry
     seconds = int(timeout or -1)
     return ClaimedJob(
         id=job_id.decode(),
@@ -45,6 +45,8 @@ def _read(entry: Sequence[Any]) -> ClaimedJob:
         deadline_in_seconds=None if deadline is None else deadline / 1000,
         timeout_seconds=seconds if seconds > 0 else None,
         crashes=crashes,
+        watched=bool(watched),
+        young=bool(young),
     )
 
 

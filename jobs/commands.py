@@ -18,7 +18,7 @@ from jobs.reports import CallbackReport, LoggedEvent, QueueReport, Submitted, Wo
 from jobs.rows import Row
 from jobs.scripting import Command, pack_exc
 from jobs.settings import StoreSettings
-from jobs.work import Beat, ClaimedJob, Publication, ReapReport, Settlement
+from jobs.work import Beat, ClaimedJob, Publication, ReapReport, Settlement, Wanted
 
 REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, WATCHED, TOO_EARLY = 0, 1, 2, 3, 4, 5, -1
 FULL_QUEUE, FULL_STORE, LATE = -1, -2, -3  #: why a submission was refused
@@ -174,10 +174,11 @@ def death(worker: str) -> Command[int]:
     return Command("death", [worker], int)
 
 
-def claim(worker: str, card: ModelCard, room: int, running: int, settings: StoreSettings) -> Command[list[Any]]:
+def claim(wanted: Wanted, settings: StoreSettings) -> Command[list[Any]]:
     """Take jobs; the raw answer, because what stock RQ put in has to be read and adopted first."""
+    card = wanted.card
     engine = [card.name, logs.pack_engine(card), LOOKS, card.identity, _ms(settings.resume_wait_seconds)]
-    return Command("claim", [worker, room, running, *engine], list)
+    return Command("claim", [wanted.worker, wanted.room, wanted.running, *engine], list)
 
 
 def waiting(card: ModelCard) -> Command[int]:

@@ -24,11 +24,11 @@ from jobs.runner import Runner
 from jobs.scripting import Command
 from jobs.settings import StoreSettings
 from jobs.wake import Sleeper
-from jobs.work import Beat, Claim, ClaimedJob, Outcome, Publication, ReapReport, Reported, Settlement
+from jobs.work import Beat, Claim, ClaimedJob, Outcome, Publication, ReapReport, Reported, Settlement, Wanted
 
 __all__ = [
     "Beat", "Claim", "ClaimedJob", "LoggedEvent", "Outcome", "Publication", "QueueReport", "ReapReport", "Reported",
-    "ServerReport", "Settlement", "Store", "Submitted", "WorkerCard",
+    "ServerReport", "Settlement", "Store", "Submitted", "Wanted", "WorkerCard",
 ]  # fmt: skip
 
 PART = 64  #: jobs whose events one call of the script appends
@@ -139,10 +139,6 @@ class Store:
         """Those with a live lease."""
         return self._runner.run(commands.workers())
 
-    def models(self) -> Sequence[ModelCard]:
-        """Of live workers, one a name."""
-        return [*{card.model.name: card.model for card in self.workers() if card.model}.values()]
-
     def known(self) -> Sequence[ModelCard]:
         """Of all workers there ever were, one a name."""
         return self._runner.run(commands.known_models())
@@ -170,27 +166,31 @@ class Store:
         """Give the lease up; release the jobs first."""
         self._runner.run(commands.death(worker))
 
-    def claim(self, worker: str, card: ModelCard, room: int, running: int) -> Claim:
-        """Take up to ``room`` jobs that this model can compute, by one atomic script.
+    def claim(self, wanted: Wanted) -> Claim:
+        """Take jobs that this model can compute, by one atomic script.
 
         Nothing while ``rq suspend`` holds, or without a lease (``birth`` first).
-
-        Args:
-            running: how many jobs the worker has; an empty one takes suspects first.
         """
-        answer = self._runner.run(commands.claim(worker, card, room, running, self._settings))
-        claim, adoptions = read_claim(answer, card, self._is_known)
+        return self._read_claim(self._runner.run(commands.claim(wanted, self._settings)), wanted)
+
+    def _read_claim(self, answer: Sequence[Any], wanted: Wanted) -> Claim:
+        claim, adoptions = read_claim(answer, wanted.card, self._is_known)
         if adoptions:
             self._runner.answers(adoptions)
         return claim
 
-    def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
-        """Write events and ends in one pipeline, the events of a job before its end; hear whether jobs wait."""
+    def report(
+        self, publications: Sequence[Publication], settlements: Sequence[Settlement], wanted: Wanted | None = None
+    ) -> Reported:
+        """Write events and ends in one pipeline, the events of a job before its end; then claim what is ``wanted``, or
+        hear whether jobs wait."""
         logged = {each.job_id: each.first + len(each.events) for each in publications}
         parts = [publications[i : i + PART] for i in range(0, len(publications), PART)]
         settles = [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
         batch: list[Command[Any]] = [*map(commands.publish, parts), *settles]
-        if self._card is not None and self._card.model is not None:
+        if wanted is not None:
+            batch.append(commands.claim(wanted, self._settings))
+        elif self._card is not None and self._card.model is not None:
             batch.append(commands.waiting(self._card.model))
         answers = self._runner.answers(batch) if batch else []
         ends = answers[len(parts) : len(parts) + len(settles)]
@@ -211,7 +211,8 @@ class Store:
             cancels=frozenset(told.get(commands.CANCEL_WANTED, ())),
             watched=frozenset(told.get(commands.WATCHED, ())),
             with_dependents=with_dependents,
-            waiting=len(answers) > len(parts) + len(settles) and answers[-1] > 0,
+            waiting=wanted is None and len(answers) > len(parts) + len(settles) and answers[-1] > 0,
+            claim=None if wanted is None else self._read_claim(answers[-1], wanted),
         )
 
     def release(self, jobs: Iterable[tuple[str, int]]) -> None:

@@ -6,6 +6,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from core.card import ModelCard
 from core.errors import HeadraceError, RequestError
 from core.request import Request, Result, TokenEvent
 
@@ -30,6 +31,18 @@ class ClaimedJob:
     deadline_in_seconds: float | None = None
     timeout_seconds: float | None = None  #: RQ's ``job_timeout``, for this attempt
     crashes: int = 0
+    watched: bool = False  #: somebody reads along
+    young: bool = False  #: submitted a moment ago: who wants to read along may not have begun to
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a worker asks for when it claims."""
+
+    worker: str
+    card: ModelCard  #: of its engine
+    room: int  #: jobs, at most
+    running: int  #: jobs it has; an empty worker takes suspects first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +91,7 @@ class Reported:
     watched: frozenset[str] = frozenset()  #: jobs somebody reads along: publish promptly
     with_dependents: tuple[str, ...] = ()  #: settled, and RQ's own code has released what waited for them
     waiting: bool = False  #: there may be jobs to claim
+    claim: Claim | None = None  #: if one was asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

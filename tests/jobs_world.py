@@ -14,7 +14,7 @@ from jobs import keys
 from jobs.audit import audit as audit
 from jobs.job import Job, NewJob
 from jobs.settings import StoreSettings
-from jobs.store import Claim, ClaimedJob, LoggedEvent, Outcome, Publication, Settlement, Store, WorkerCard
+from jobs.store import Claim, ClaimedJob, LoggedEvent, Outcome, Publication, Settlement, Store, Wanted, WorkerCard
 
 CARD = ModelCard(
     name="toy",
@@ -59,11 +59,11 @@ def take(
     store: Store, worker: str = "w", room: int = 100, running: int = 0, card: ModelCard = CARD
 ) -> list[ClaimedJob]:
     """What a worker claims."""
-    return list(store.claim(worker, card, room, running).jobs)
+    return list(store.claim(Wanted(worker, card, room, running)).jobs)
 
 
 def claim(store: Store, worker: str = "w", room: int = 100, running: int = 0) -> Claim:
-    return store.claim(worker, CARD, room, running)
+    return store.claim(Wanted(worker, CARD, room, running))
 
 
 def token(job_id: str, token_id: int = 1, **fields: Any) -> TokenEvent:

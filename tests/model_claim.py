@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from core.request import Request
 from jobs import keys
 from jobs.job import JobState, Resume
-from jobs.store import ClaimedJob
+from jobs.store import ClaimedJob, Wanted
 from tests.jobs_world import list_of
 from tests.model_house import CARDS
 from tests.model_judge import View
@@ -28,7 +28,7 @@ def claim(world: World) -> None:
 def claim_as(world: World, name: str, room: int) -> None:
     before, card, mine = world.lists(), CARDS[name], world.held[name]
     hold = _must_hold(world, name, before)
-    got = world.store.claim(name, card, room, len(mine))
+    got = world.store.claim(Wanted(name, card, room, len(mine)))
     assert room == 0 or hold in (None, got.hold), f"hold: {got.hold}"
     if got.alone:
         assert (len(got.jobs), len(mine), world.client.exists(keys.HOLD)) == (1, 0, 0)
@@ -118,11 +118,11 @@ def suspend(world: World) -> None:
     held = {job.id: job.attempt for job in world.held[name].values()}
     world.client.set(keys.SUSPENDED, 1)
     try:
-        assert world.store.claim(name, CARDS[name], 4, 0).jobs == ()
+        assert world.store.claim(Wanted(name, CARDS[name], 4, 0)).jobs == ()
         assert world.store.renew(name, "busy", held, {}).suspended
     finally:
         world.client.delete(keys.SUSPENDED)
-    assert world.store.claim("nobody", CARDS[name], 4, 0).jobs == (), "without a lease"
+    assert world.store.claim(Wanted("nobody", CARDS[name], 4, 0)).jobs == (), "without a lease"
 
 
 def suspects_wait(world: World) -> None:

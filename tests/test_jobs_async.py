@@ -220,6 +220,25 @@ def test_a_worker_hears_which_of_its_jobs_somebody_reads_along(store: Store, val
     using(valkey_url, body)
 
 
+def test_a_claim_tells_which_jobs_somebody_reads_along_and_which_are_young(
+    store: Store, valkey_url: str, valkey: redis.Redis
+) -> None:
+    for job_id in ("followed", "young", "old"):
+        add(store, job_id)
+    index = f"{keys.INDEX}generate:queued"
+    for job_id in ("followed", "old"):
+        valkey.zincrby(index, -1_000_000, job_id)
+
+    async def body(door: AsyncStore) -> None:
+        async for _ in door.watch("followed"):
+            raise AssertionError("nothing has happened")
+
+    with pytest.raises(TimeoutError):
+        using(valkey_url, lambda door: asyncio.wait_for(body(door), 0.3))
+    told = {job.id: (job.watched, job.young) for job in take(store)}
+    assert told == {"followed": (True, False), "young": (False, True), "old": (False, False)}
+
+
 def test_a_stream_ends_when_stock_rq_ends_the_job(store: Store, valkey_url: str, valkey: redis.Redis) -> None:
     add(store, "a")
 

@@ -11,7 +11,7 @@ import redis
 
 from jobs import keys
 from jobs.job import JobState
-from jobs.store import ClaimedJob, Store
+from jobs.store import ClaimedJob, Store, Wanted
 from tests.jobs_world import (
     OTHER,
     add,
@@ -211,8 +211,8 @@ def test_a_suspect_that_names_another_model_is_in_nobody_s_way(store: Store, val
     assert store.queue().suspects == 1
     assert [job.id for job in take(store)] == ["next"]
     assert valkey.llen(keys.WAKE) == 0  # an idle worker that cannot help is not woken by what it left alone
-    assert store.claim("o", OTHER, 1, 3).hold
-    got = store.claim("o", OTHER, 1, 0)
+    assert store.claim(Wanted("o", OTHER, 1, 3)).hold
+    got = store.claim(Wanted("o", OTHER, 1, 0))
     assert ([job.id for job in got.jobs], got.alone) == (["suspect"], True)
     assert audit(valkey) == []
 

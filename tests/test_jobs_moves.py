@@ -13,7 +13,7 @@ from core.errors import JobConflict, JobNotFound, QueueFull
 from core.request import Emitted, Kind, Request, TokenLogprob
 from jobs import keys
 from jobs.job import FINAL, MOVES, JobState, NewJob
-from jobs.store import ClaimedJob, Outcome, Publication, Settlement, Store
+from jobs.store import ClaimedJob, Outcome, Publication, Settlement, Store, Wanted
 from tests.jobs_world import (
     OTHER,
     add,
@@ -309,7 +309,7 @@ def test_the_work_of_one_claim_is_bounded(valkey_url: str) -> None:
     for _ in range(600):
         store.cancel(add(store).id)
     add(store, "last")
-    first = store.claim("w", OTHER, 10, 0)
+    first = store.claim(Wanted("w", OTHER, 10, 0))
 
     assert (first.jobs, first.more) == ((), True)
     assert [job.id for job in take(store)] == ["last"]

@@ -16,7 +16,7 @@ from jobs.async_store import AsyncStore
 from jobs.job import JobState, Resume
 from jobs.reports import LoggedEvent
 from jobs.runner import Runner
-from jobs.store import Store
+from jobs.store import Store, Wanted
 from tests.api_world import front
 from tests.jobs_world import (
     CARD,
@@ -251,7 +251,7 @@ def test_a_suspect_that_waits_for_its_like_is_not_lost(store: Store, valkey: red
     found = audit(valkey)
     again = take(store, "u", card=UNLIKE)
     suspects = store.queue().suspects
-    got = store.claim("w", CARD, 4, 0)
+    got = store.claim(Wanted("w", CARD, 4, 0))
 
     assert (refused, again, found, waiting, suspects) == ([], [], [], CARD.identity, 1)
     assert ([job.id for job in got.jobs], got.alone) == (["a"], True)

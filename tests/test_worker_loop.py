@@ -13,7 +13,7 @@ import redis
 from core.instant import InstantConfig, InstantEngine
 from core.request import Emitted, FinishedEvent, Kind, Request, SamplingParams
 from jobs.job import FINAL, Job, JobState, NewJob, Resume
-from jobs.store import Store, WorkerCard
+from jobs.store import Store, Wanted, WorkerCard
 from tests.worker_world import eventually, store_settings, working
 
 
@@ -228,7 +228,7 @@ def make_suspect(store: Store, job_id: str) -> None:
     card = InstantEngine().card
     for name in ("doomed", "damned"):
         store.birth(WorkerCard(name=name, host="h", pid=1, model=card))
-        assert [job.id for job in store.claim(name, card, 1, 0).jobs] == [job_id]
+        assert [job.id for job in store.claim(Wanted(name, card, 1, 0)).jobs] == [job_id]
         store.expire_lease(name)
     assert store.get(job_id).crashes == 2
 
@@ -266,7 +266,7 @@ def test_jobs_of_a_claim_whose_reply_was_lost_are_handed_back(store: Store, valk
         submit(store, "long", max_tokens=200)
         published(store, "long")
         submit(store, "lost")
-        assert [job.id for job in store.claim("w1", engine.card, 1, 1).jobs] == ["lost"]
+        assert [job.id for job in store.claim(Wanted("w1", engine.card, 1, 1)).jobs] == ["lost"]
         lost, long = ended(store, "lost"), ended(store, "long")
 
     assert (lost.state, lost.attempt, lost.crashes) == (JobState.SUCCEEDED, 2, 0)

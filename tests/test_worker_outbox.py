@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from core.errors import StoreUnavailable
 from core.request import TokenEvent, TokenLogprob
 from jobs.job import JobState
-from jobs.store import Publication, Reported, Settlement, Store
+from jobs.store import Publication, Reported, Settlement, Store, Wanted
 from tests.conftest import Server, start_valkey
 from tests.jobs_world import add, born, result, settings, take, text_of, token
 from worker.outbox import Outbox
@@ -143,15 +144,34 @@ def test_each_job_in_a_report_has_events_of_its_own(store: Store) -> None:
     assert said_by(store, "a") == said_by(store, "b") == [(1, fields(0, 1, 2))]
 
 
+def test_the_first_token_of_a_job_that_has_waited_goes_along_with_others_and_hurries_nobody(store: Store) -> None:
+    outbox, young = Outbox(), start(store, "young")
+    old = dataclasses.replace(start(store, "old"), young=False)
+    put(outbox, old, 1)
+    assert not outbox.pressing
+    put(outbox, young, 1)
+    assert outbox.pressing
+    said = outbox.draw(everything=False)
+    assert {each.job_id for each in said.publications} == {"young", "old"}
+    store.report(said.publications, said.settlements)
+    outbox.confirm(said)
+    put(outbox, old, 2)
+    put(outbox, young, 2)
+
+    assert (outbox.pressing, outbox.draw(everything=False).publications) == (False, [])
+
+
 class Unheard(Store):
     """Loses replies: the report is done, or nothing of it is, and the outbox is told that Redis is away."""
 
     lose = ""  #: "reply" or "report"; empty: nothing is lost
     sent: list[list[tuple[int, TokenEvent]]]  #: what each report held, by number
 
-    def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
+    def report(
+        self, publications: Sequence[Publication], settlements: Sequence[Settlement], wanted: Wanted | None = None
+    ) -> Reported:
         self.sent.append([(p.first + n, event) for p in publications for n, event in enumerate(p.events)])
-        reported = Reported() if self.lose == "report" else super().report(publications, settlements)
+        reported = Reported() if self.lose == "report" else super().report(publications, settlements, wanted)
         if self.lose:
             raise StoreUnavailable("away")
         return reported

@@ -9,13 +9,12 @@ from typing import ParamSpec, TypeVar
 
 import pytest
 
-from core.card import ModelCard
 from core.errors import StoreUnavailable
 from core.instant import InstantConfig, InstantEngine
 from core.request import Emitted, Request, SamplingParams
 from jobs.connection import connect
 from jobs.job import JobState, NewJob
-from jobs.store import Claim, Publication, Reported, Settlement, Store, WorkerCard
+from jobs.store import Claim, Publication, Reported, Settlement, Store, Wanted, WorkerCard
 from tests.worker_world import store_settings
 from worker.engine_process import divide_cores
 from worker.loop import Worker
@@ -63,19 +62,24 @@ class Diary(Store):
     cancelling: str = ""  #: a job that somebody cancels once the first report is there
     late: NewJob | None = None  #: a job that somebody puts in then
     claims: int = 0
+    claims_apart: int = 0  #: in calls of their own
     watching: Sequence[str] = ()  #: jobs that somebody reads along
 
-    def claim(self, worker: str, card: ModelCard, room: int, running: int) -> Claim:
+    def claim(self, wanted: Wanted) -> Claim:
         self.claims += 1
-        return super().claim(worker, card, room, running)
+        self.claims_apart += 1
+        return super().claim(wanted)
 
-    def report(self, publications: Sequence[Publication], settlements: Sequence[Settlement]) -> Reported:
+    def report(
+        self, publications: Sequence[Publication], settlements: Sequence[Settlement], wanted: Wanted | None = None
+    ) -> Reported:
         tokens = sum(len(event.token_ids) for each in publications for event in each.events)
         if tokens or settlements:
             self.told.append((self.clock.units, tokens, len(settlements)))
-        if len(self.told) <= self.lost:
-            raise StoreUnavailable("away")
-        reported = super().report(publications, settlements)
+            if len(self.told) <= self.lost:
+                raise StoreUnavailable("away")
+        self.claims += wanted is not None
+        reported = super().report(publications, settlements, wanted)
         if self.cancelling and len(self.told) == 1:
             self.cancel(self.cancelling)
         if self.late and len(self.told) == 1:
@@ -159,7 +163,7 @@ def test_beside_a_job_whose_worker_died_each_step_is_reported(diary: Diary) -> N
     card = InstantEngine().card
     diary.birth(WorkerCard(name="doomed", host="h", pid=1, model=card))
     diary.submit(NewJob(id="survivor", request=Request(prompt="x", params=SamplingParams(max_tokens=3))))
-    assert [job.id for job in diary.claim("doomed", card, 1, 0).jobs] == ["survivor"]
+    assert [job.id for job in diary.claim(Wanted("doomed", card, 1, 0)).jobs] == ["survivor"]
     diary.expire_lease("doomed")
     told = work(diary, 9, waiting=1)
 
@@ -201,6 +205,14 @@ def test_a_busy_worker_with_nothing_to_report_still_asks_whether_jobs_wait(diary
 
     assert diary.get("late").state is JobState.SUCCEEDED
     assert [(tokens, ends) for _, tokens, ends in told] == [(1, 0), (2, 1), (39, 1)]
+
+
+def test_an_end_and_the_claim_of_what_waits_behind_it_are_one_call(diary: Diary) -> None:
+    """A full engine knows from its reports that jobs wait, and takes the next one with the end that makes room."""
+    told = work(diary, *[4] * 80)  # of which 32 run at once
+
+    assert [ends for _, _, ends in told if ends] == [32, 32, 16]
+    assert (diary.claims, diary.claims_apart) == (3, 0)
 
 
 # -- jobs that nobody reads along

@@ -41,8 +41,8 @@ class Unpublished:
 
     @property
     def urgent(self) -> bool:
-        """Somebody reads along, or may begin to: with the first token."""
-        return self.running.watched or not self.running.published
+        """Somebody reads along, or is about to: with the first token."""
+        return self.running.watched or (self.running.young and not self.running.published)
 
     def publication(self) -> Publication:
         """All that is to be sent."""
@@ -137,11 +137,11 @@ class Outbox:
         self._settlements.pop(job_id, None)
 
     def draw(self, *, everything: bool) -> Report:
-        """What is to be said now: the ends and what goes before them, tokens that are urgent, or ``everything``."""
+        """What is to be said now: ends and what goes before them, urgent and first tokens, or ``everything``."""
         chosen = [
             each
             for job_id, each in self._unpublished.items()
-            if everything or each.urgent or job_id in self._settlements
+            if everything or each.urgent or not each.running.published or job_id in self._settlements
         ]
         publications = [each.publication() for each in chosen]
         counts = [(each, len(each.events)) for each in chosen]

@@ -25,6 +25,7 @@ class Running:
     crashes: int = 0  #: workers that died of it, or beside it
     published: int = 0  #: tokens of this attempt that Redis has
     watched: bool = False  #: somebody reads along
+    young: bool = False  #: somebody may be about to
     ending: FinishReason | None = None  #: the engine was told to end it, and why
 
     @classmethod
@@ -32,7 +33,17 @@ class Running:
         """A job that is claimed now."""
         timeout = math.inf if job.timeout_seconds is None else job.timeout_seconds
         deadline = math.inf if job.deadline_in_seconds is None else job.deadline_in_seconds
-        return cls(job.id, job.attempt, job.next_event, now + deadline, now + timeout, timeout, job.crashes)
+        return cls(
+            job_id=job.id,
+            attempt=job.attempt,
+            next_event=job.next_event,
+            deadline_at=now + deadline,
+            timeout_at=now + timeout,
+            timeout_seconds=timeout,
+            crashes=job.crashes,
+            watched=job.watched,
+            young=job.young,
+        )
 
 
 class Gate:

@@ -14,7 +14,7 @@ from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import StoreUnavailable
 from core.request import Emitted
-from jobs.store import Beat, Claim, ClaimedJob, Reported, Store
+from jobs.store import Beat, Claim, ClaimedJob, Reported, Store, Wanted
 from worker.outbox import Report
 from worker.presence import Presence
 from worker.upkeep import Upkeep
@@ -74,10 +74,16 @@ class Talk:
 
     def _hold(self, said: Said, heard: Heard) -> None:
         heard.beat = self._presence.beat(said.state, said.holding, said.stats)
-        if said.report or (said.room and not said.hungry):
-            heard.reported = self._store.report(said.report.publications, said.report.settlements)
-        if said.room and not self._presence.suspended and (said.hungry or (heard.reported and heard.reported.waiting)):
-            heard.claim = self._store.claim(self._presence.name, self._card, said.room, said.running)
+        room = 0 if self._presence.suspended else said.room
+        wanted = Wanted(self._presence.name, self._card, room, said.running)
+        hungry = room > 0 and said.hungry
+        if said.report or room:
+            report = said.report
+            reported = self._store.report(report.publications, report.settlements, wanted if hungry else None)
+            heard.reported, heard.claim = reported, reported.claim
+            if room and reported.waiting:
+                heard.claim = self._store.claim(wanted)
+        if heard.claim is not None:
             for job in heard.claim.jobs:  # at a fault the next beat hands back those that are not read yet
                 heard.begun.append((job, self._store.emitted(job.id) if job.next_event > 1 else ()))
         heard.threads = self._upkeep.do_if_due()

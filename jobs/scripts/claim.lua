@@ -4,10 +4,12 @@
 -- Begun answers that wait for such an engine come first, then the more urgent before the less, but that every fifth job
 -- claimed while several classes wait is not of the most urgent one: three times of the middle one, then of the last.
 -- Ids of ended jobs fall out here, jobs for other models go to those models' lists; `looks` bounds the work of a call.
--- Answers {jobs, alone, hold, more}; a job is {id, attempt, next event, crashes, ms to its deadline, fields of RQ's}.
+-- Answers {jobs, alone, hold, more}; a job is {id, attempt, next event, crashes, ms to its deadline, fields of RQ's,
+-- whether somebody reads along, whether it is young}.
 local worker, room, running, model = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), string.lower(ARGV[5])
 local engine, looks, identity, patience = ARGV[6], tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
 local SUSPECT_WAIT, HOLD_FOR = 2000, 60000 -- milliseconds
+local YOUNG = 1000000 -- microseconds after its submission
 local taken, waiting = {}, {} -- waiting: the lists of each class that somebody waits in
 
 -- Whether this engine may compute the job: it begins the answer, goes on as whoever began would, or may start it over.
@@ -28,7 +30,7 @@ local function take(id, job)
   if job.tokens == 0 then call('HSET', key, 'engine', identity) end
   if job.events == 0 then call('DEL', K.events .. id) end -- as at a submission: stock RQ may have put it in
   log(id, job, 'a', attempt, 'e', engine)
-  move(id, job, 'running')
+  local came = move(id, job, 'running')
   call('HDEL', key, 'cancel_requested', 'suspect_at', 'waiting_for')
   call('ZREM', K.waits, id)
   call('HSET', key, 'status', 'started', 'started_at', at, 'last_heartbeat', at, 'worker_name', worker, 'place',
@@ -44,7 +46,8 @@ local function take(id, job)
   call('SADD', K.held .. worker, member)
   taken[#taken + 1] = {id, attempt, job.events, job.crashes, job.deadline_at and job.deadline_at - NOW or false,
     call('HMGET', key, 'data', 'kind', 'timeout', 'success_callback_name', 'failure_callback_name',
-      'stopped_callback_name', 'repeats_left', 'webhooks', 'created_at')}
+      'stopped_callback_name', 'repeats_left', 'webhooks', 'created_at'),
+    job.watched and 1 or 0, NOW_US - came < YOUNG and 1 or 0}
 end
 
 -- The next id of a list that is to be computed here; what is not is put where it belongs. `trusted`: it lists suspects.

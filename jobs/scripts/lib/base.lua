@@ -102,7 +102,7 @@ local function read(id)
   return row
 end
 
--- Move the job's entry of the index to a state; nil takes it out.
+-- Move the job's entry of the index to a state; nil takes it out. Answers when the job came, in microseconds.
 local function move(id, job, state)
   if job.place == state then return end
   local score = NOW_US
@@ -112,6 +112,7 @@ local function move(id, job, state)
   end
   if state then call('ZADD', K.index .. job.kind .. ':' .. state, score, id) end
   job.place = state
+  return score
 end
 
 -- Jobs ended per second, over the last minute.
