@@ -184,8 +184,8 @@ def working(
     url: str, engine: EngineProtocol | None = None, *, step_ms: float = 2, name: str = "w1", **changes: Any
 ) -> Iterator[Stop]:
     """A worker in a thread of this process; it hands back at once what runs when the block ends."""
-    quick: dict[str, Any] = {"lease_seconds": 1, "tick_seconds": 0.1, "drain_seconds": 0, "engine": "instant"}
-    settings = WorkerSettings(**{**quick, "worker_name": name, **changes})
+    quick: dict[str, Any] = {"lease_seconds": 1, "tick_seconds": 0.1, "drain_seconds": 0, "publish_unread_seconds": 0.2}
+    settings = WorkerSettings(**{"engine": "instant", **quick, "worker_name": name, **changes})
     stop = Stop(settings.drain_seconds)
     engine = engine or InstantEngine(InstantConfig(step_seconds=step_ms / 1000))
     worker = build(settings, store_settings(url), engine, stop)

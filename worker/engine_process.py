@@ -14,6 +14,7 @@ from core.errors import StoreUnavailable
 from core.instant import InstantConfig, InstantEngine
 from core.protocol import EngineProtocol
 from jobs.connection import connect
+from jobs.lookout import Lookout
 from jobs.settings import SettingError, StoreSettings
 from jobs.store import Store, WorkerCard
 from worker.cores import CoreShare, read_boot_id
@@ -83,7 +84,7 @@ def build(
     patiently(presence.arrive, stop)
     log.info("worker %s serves %s", name, engine.card.name)
     upkeep = Upkeep(store, divide_cores(settings, store), settings.tick_seconds)
-    talk = Talk(store, presence, upkeep, engine.card)
+    talk = Talk(store, presence, upkeep, engine.card, Lookout(store_settings.redis_url, engine.card))
     pace = Pace(settings.publish_seconds, settings.publish_unread_seconds, time.monotonic)
     return Worker(engine, talk, presence, stop, pace, ThreadPoolExecutor(1, "talk"))
 

@@ -96,8 +96,10 @@ class Worker:
             return
         first = not self._running or any(running.crashes for running in self._running.values())
         everything, room = first or self._pace.all_due(), self._room
+        if room and self._running and not self._waiting:
+            self._waiting = self._talk.jobs_wait(ask=self._pace.ask_due())
         hungry = room > 0 and (self._waiting or not self._running)
-        if not (everything or hungry or self._due(room)):
+        if not (everything or hungry or self._due()):
             return
         running = {job_id: running.attempt for job_id, running in self._running.items()}
         said = Said(
@@ -114,10 +116,9 @@ class Worker:
         else:
             self._talking = self._beside.submit(self._talk.hold, said)
 
-    def _due(self, room: int) -> bool:
-        """Whether it is time to talk, though not of everything: of what is pressing, for jobs, or for the lease."""
-        pressing = self._outbox.pressing and self._pace.due()
-        return pressing or (room > 0 and self._pace.ask_due()) or self._talk.next_seconds <= 0
+    def _due(self) -> bool:
+        """Whether it is time to talk, though not of everything: of what is pressing, or for the lease."""
+        return (self._outbox.pressing and self._pace.due()) or self._talk.next_seconds <= 0
 
     @property
     def _room(self) -> int:

@@ -43,7 +43,7 @@ class ParentConfig:
     first_pause_seconds: float = 0.1  #: before a restart; doubles with each crash in a row
     longest_pause_seconds: float = 5.0
     ran_well_seconds: float = 5.0  #: a process that ran so long makes the next pause the first again
-    poll_seconds: float = 0.25
+    poll_seconds: float = 1.0
 
 
 class Parent:

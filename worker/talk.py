@@ -14,6 +14,7 @@ from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import StoreUnavailable
 from core.request import Emitted
+from jobs.lookout import Lookout
 from jobs.store import Beat, Claim, ClaimedJob, Reported, Store, Wanted
 from worker.outbox import Report
 from worker.presence import Presence
@@ -50,9 +51,10 @@ class Heard:
 class Talk:
     """Holds talks, one at a time."""
 
-    def __init__(self, store: Store, presence: Presence, upkeep: Upkeep, card: ModelCard) -> None:
+    def __init__(self, store: Store, presence: Presence, upkeep: Upkeep, card: ModelCard, lookout: Lookout) -> None:
         """Take the parts; jobs are claimed for the engine of ``card``."""
         self._store = store
+        self._lookout = lookout
         self._presence = presence
         self._upkeep = upkeep
         self._card = card
@@ -61,6 +63,10 @@ class Talk:
     def next_seconds(self) -> float:
         """Until there is something to say whatever the engine does."""
         return min(self._upkeep.next_seconds, self._presence.next_beat_seconds)
+
+    def jobs_wait(self, *, ask: bool) -> bool:
+        """Whether jobs wait, by what was answered to an earlier question; waits for nobody. ``ask``: ask again."""
+        return self._lookout.jobs_wait(ask=ask)
 
     def hold(self, said: Said) -> Heard:
         """Talk; a server that is away is part of the answer."""
@@ -87,6 +93,7 @@ class Talk:
             for job in heard.claim.jobs:  # at a fault the next beat hands back those that are not read yet
                 heard.begun.append((job, self._store.emitted(job.id) if job.next_event > 1 else ()))
         heard.threads = self._upkeep.do_if_due()
+        self._lookout.prepare()
 
     def wait(self, seconds: float) -> None:
         """Block until a job may be there.

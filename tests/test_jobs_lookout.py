@@ -1,0 +1,80 @@
+"""The lookout: a busy worker hears of jobs without waiting for Redis."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from jobs.lookout import Lookout
+from jobs.store import Store
+from tests.conftest import Server, start_valkey
+from tests.jobs_world import CARD, OTHER, add, born, settings, take
+
+
+@pytest.fixture
+def store(own_valkey: Server) -> Iterator[Store]:
+    store = Store(settings(own_valkey.url))
+    born(store)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def lookout(own_valkey: Server) -> Iterator[Lookout]:
+    lookout = Lookout(own_valkey.url, CARD)
+    lookout.prepare()
+    yield lookout
+    lookout.close()
+
+
+def hears(lookout: Lookout) -> bool:
+    """The answer to a question that is put now."""
+    lookout.jobs_wait(ask=True)
+    assert lookout._connection.can_read(5)
+    return lookout.jobs_wait(ask=False)
+
+
+def test_it_says_whether_jobs_wait_that_this_engine_may_take(store: Store, lookout: Lookout) -> None:
+    assert not hears(lookout)
+    add(store, "other", model=OTHER.name)
+    take(store, card=OTHER)
+    assert not hears(lookout)
+    add(store, "a")
+    assert hears(lookout)
+    take(store)
+    assert not hears(lookout)
+
+
+def test_a_server_that_hangs_is_neither_waited_for_nor_asked_again(
+    own_valkey: Server, store: Store, lookout: Lookout
+) -> None:
+    store.connection.config_resetstat()
+    assert not lookout.jobs_wait(ask=False)
+    own_valkey.process.send_signal(signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        assert [lookout.jobs_wait(ask=True) for _ in range(1_000)] == [False] * 1_000
+        assert time.monotonic() - start < 1
+    finally:
+        own_valkey.process.send_signal(signal.SIGCONT)
+    assert lookout._connection.can_read(5)
+    assert not lookout.jobs_wait(ask=False)
+    assert store.connection.info("commandstats")["cmdstat_exists"]["calls"] == 1
+
+
+def test_with_a_server_that_died_jobs_may_wait_until_it_is_prepared_anew(own_valkey: Server, lookout: Lookout) -> None:
+    assert not hears(lookout)
+    own_valkey.process.kill()
+    own_valkey.process.wait(10)
+    assert [lookout.jobs_wait(ask=True) for _ in range(3)][1:] == [True, True]
+    again = start_valkey(own_valkey.folder)
+    try:
+        assert lookout.jobs_wait(ask=True)
+        lookout.prepare()
+        assert not hears(lookout)
+    finally:
+        again.process.kill()
+        again.process.wait(10)
