@@ -23,7 +23,6 @@ local key, member = K.job .. id, id .. ':' .. attempt
 local worker = job.worker_name
 local began = call('HGET', K.execution .. member, 'created_at')
 drop(id, attempt, worker)
-call('HSET', key, 'settled', attempt)
 if worker and call('EXISTS', K.rq_worker .. worker) == 1 then
   call('HINCRBY', K.rq_worker .. worker, outcome == 'succeeded' and 'successful_job_count' or 'failed_job_count', 1)
   call('HINCRBYFLOAT', K.rq_worker .. worker, 'total_working_time', began and NOW_US / 1000000 - began or 0)
@@ -32,7 +31,7 @@ local retries = outcome == 'failed' and not permanent and tonumber(call('HGET', 
 if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ for
   local intervals = cjson.decode(call('HGET', key, 'retry_intervals') or '[0]')
   local seconds = tonumber(intervals[math.max(#intervals - retries, 0) + 1] or 0)
-  call('HSET', key, 'retries_left', retries - 1, 'ended_at', stamp())
+  call('HSET', key, 'retries_left', retries - 1, 'ended_at', stamp(), 'settled', attempt)
   if seconds > 0 then
     move(id, job, 'queued')
     call('HSET', key, 'status', 'scheduled', 'place', 'queued')
@@ -44,7 +43,7 @@ if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ 
   end
   return 1
 end
-local how = {value = given(7), error = given(8), exc = given(9), text_bytes = tonumber(given(10))}
+local how = {value = given(7), error = given(8), exc = given(9), text_bytes = tonumber(given(10)), attempt = attempt}
 if outcome == 'expired' then how.reason, how.exc = 'deadline', EXC.deadline end
 if outcome == 'cancelled' and not job.cancel_requested then how.status = 'stopped' end -- RQ's send_stop_job_command
 return finish(id, job, outcome, how) and 3 or 1

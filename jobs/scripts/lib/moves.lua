@@ -95,12 +95,13 @@ end
 local FLEETING = {'cancel_requested', 'published_attempt', 'first_token', 'read', 'engine', 'waiting_for',
   'last_heartbeat', 'suspect_at', 'text_bytes', 'watched'}
 
--- End a job: the only way into a final state. how: status, reason, error, value, text_bytes (of the value), exc.
+-- End a job: the only way into a final state. how: status, reason, error, value, text_bytes (of the value), exc, attempt
+-- (that is settled).
 local function finish(id, job, state, how)
   how = how or {}
   local status = how.status or STATUS[state]
   if job.closed then reopen(id, job) end
-  unlist(id)
+  if job.status ~= 'started' then unlist(id) end -- what was claimed is in no list
   job.state = state
   log_end(id, job)
   move(id, job, state)
@@ -108,10 +109,12 @@ local function finish(id, job, state, how)
   local function set(name, value) if value then change[#change + 1] = name; change[#change + 1] = value end end
   set('reason', how.reason)
   set('error', how.error)
+  set('settled', how.attempt)
   call('HSET', K.job .. id, unpack(change))
-  call('HDEL', K.job .. id, unpack(FLEETING))
-  if job.ticket == 0 then call('HDEL', K.job .. id, 'ticket') end
-  if state == 'succeeded' then call('HDEL', K.job .. id, 'deaths') end
+  local gone = {unpack(FLEETING)}
+  if job.ticket == 0 then gone[#gone + 1] = 'ticket' end
+  if state == 'succeeded' then gone[#gone + 1] = 'deaths' end
+  call('HDEL', K.job .. id, unpack(gone))
   write_result(id, job, status, how)
   call_back(id, job)
   local seconds = keep(job)
@@ -119,8 +122,7 @@ local function finish(id, job, state, how)
   if how.reason == 'poison_job' then call('ZADD', K.dead, NOW, id) end
   if state == 'succeeded' or state == 'failed' then
     local bucket = K.rate .. math.floor(SECONDS / 10)
-    call('INCR', bucket)
-    call('EXPIRE', bucket, 300)
+    if call('INCR', bucket) == 1 then call('EXPIRE', bucket, 300) end
   end
   local dependents = job.rate_limit_key or call('EXISTS', K.job .. id .. ':dependents') == 1
   if dependents then call('SADD', K.dependents, id) end
