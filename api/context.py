@@ -32,13 +32,13 @@ class Context:
         """The job as clients see it, with an estimate of when its turn comes."""
         return job.to_wire(eta_seconds=await self.fleet.eta_seconds(job))
 
-    async def wait(self, job_id: str, seconds: float, *, fresh: bool = False) -> Job:
+    async def wait(self, job_id: str, seconds: float, *, seen: Job | None = None) -> Job:
         """The job, once it has ended, the time is over, or the server stops.
 
         Without a place for one more held request it answers at once: a poll is always right.
 
         Args:
-            fresh: the caller saw it unfinished a moment ago.
+            seen: the job as the caller saw it unfinished a moment ago.
 
         Raises:
             JobNotFound
@@ -47,7 +47,7 @@ class Context:
             return await self.store.get(job_id)
         with self.held.place():
             async with self.held.until_closed():
-                return await self.store.wait(job_id, seconds, fresh=fresh)
+                return await self.store.wait(job_id, seconds, seen=seen)
         return await self.store.get(job_id)
 
 

@@ -26,7 +26,7 @@ from jobs.memory import MEMORY_SECONDS, MemoryReport, read_memory
 from jobs.pulse import Pulse
 from jobs.remembered import Remembered
 from jobs.reports import LoggedEvent, QueueReport, ServerReport, Submitted, WorkerCard
-from jobs.rows import Row
+from jobs.rows import Row, read_told
 from jobs.runner import AsyncRunner
 from jobs.scripting import Command
 from jobs.settings import StoreSettings
@@ -194,11 +194,11 @@ class AsyncStore:
                     row = await _outlast(self._row, job_id)
                     events = await _outlast(self.events, job_id, last)
 
-    async def wait(self, job_id: str, timeout_seconds: float, *, fresh: bool = False) -> Job:
+    async def wait(self, job_id: str, timeout_seconds: float, *, seen: Job | None = None) -> Job:
         """The job, once it has ended or the time is over.
 
         Args:
-            fresh: the caller saw it unfinished a moment ago, so there is no need to look at once.
+            seen: the job as the caller saw it unfinished a moment ago: there is no need to look at once.
 
         Raises:
             JobNotFound
@@ -208,13 +208,16 @@ class AsyncStore:
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_seconds
         with self._watcher.awaiting(job_id) as ended:
-            if not fresh:
-                ended.set()
+            if seen is None:
+                ended.heard.set()
             while True:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout_at(deadline):
-                        await ended.wait()
-                ended.clear()
+                        await ended.heard.wait()
+                ended.heard.clear()
+                told = read_told(ended.told)
+                if told and seen and told.job.attempt > seen.attempt:  # else it is of an earlier run
+                    return told.job
                 job = await self.get(job_id)
                 if job.state in FINAL or clock() >= deadline:
                     return job

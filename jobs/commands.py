@@ -37,6 +37,8 @@ def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Comman
         fields += ["resume", job.resume.value]
     if job.webhook is not None:
         fields += ["webhook", job.webhook]
+    if job.awaited:
+        fields += ["awaited", 1]
     bounds: list[Any] = [settings.max_queued, int(memory.full), int(job.refuse_if_late)]
     priority = job.request.priority
     if job.metadata:

@@ -90,6 +90,7 @@ class NewJob:
     result_ttl_seconds: int = 86_400  #: how long result, error and events are kept after the end
     metadata: Mapping[str, str] = field(default_factory=dict)
     webhook: str | None = None  #: the address that is told of its end
+    awaited: bool = False  #: the submitter waits for its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

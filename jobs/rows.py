@@ -85,6 +85,14 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
     return Row(job, int(raw["events"] or 0), stale)
 
 
+def read_told(fields: Mapping[bytes, bytes]) -> Row | None:
+    """Decode what ``lib/base.lua``'s ``tell_end`` tells of an end; None where that is nothing but the end."""
+    if b"status" not in fields:
+        return None
+    result = [part for name, value in fields.items() if name.startswith(b".") for part in (name[1:], value)]
+    return read_row([*(fields.get(name.encode()) for name in SEEN), result, None, None, fields[b"j"], None])
+
+
 def pack_request(request: Request) -> bytes:
     """RQ's ``data`` of a job: what ``Queue.enqueue(label, wire)`` with RQ's JSON serializer makes."""
     return zlib.compress(json.dumps([LABELS[request.kind], None, [request.to_wire()], {}]).encode())

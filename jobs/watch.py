@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -45,6 +45,14 @@ class Followed:
     inboxes: set[Inbox] = field(default_factory=set)
 
 
+@dataclass(slots=True, eq=False)
+class Awaited:
+    """An end that somebody waits for."""
+
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    told: Mapping[bytes, bytes] = field(default_factory=dict)  #: what the stream of ends told with it
+
+
 class Watcher:
     """Hands each new event of a followed log to everyone who follows it, and tells of an end whoever waits for it."""
 
@@ -56,7 +64,7 @@ class Watcher:
         self._runner = runner
         self._over = over
         self._followed: dict[bytes, Followed] = {}
-        self._awaited: dict[str, set[asyncio.Event]] = {}  #: by job id
+        self._awaited: dict[str, set[Awaited]] = {}  #: by job id
         self._wake_key = f"{keys.WATCHERS}{uuid.uuid4().hex}".encode()
         self._wake_id = b"0-0"
         self._ended_id = b"0-0"  #: of the last end read; those of the time in which nobody waited are read first
@@ -84,12 +92,12 @@ class Watcher:
                 del self._followed[key]
 
     @contextlib.contextmanager
-    def awaiting(self, job_id: str) -> Iterator[asyncio.Event]:
-        """Set when the job may have ended, be it lately or in an earlier run, or when nobody can say: who saw it
+    def awaiting(self, job_id: str) -> Iterator[Awaited]:
+        """``heard`` when the job may have ended, be it lately or in an earlier run, or when nobody can say: who saw it
         unfinished a moment ago need not look again before that. Clear it before each look."""
-        ended = asyncio.Event()
+        ended = Awaited()
         if job_id in self._lately:
-            ended.set()
+            ended.heard.set()
         self._awaited.setdefault(job_id, set()).add(ended)
         self._start()
         try:
@@ -129,11 +137,12 @@ class Watcher:
         with contextlib.suppress(StoreError):
             over = await self._over([*self._awaited])
         for job_id in over:
-            self._tell(job_id)
+            self._tell(job_id, {})
 
-    def _tell(self, job_id: str) -> None:
+    def _tell(self, job_id: str, told: Mapping[bytes, bytes]) -> None:
         for ended in self._awaited.get(job_id, ()):
-            ended.set()
+            ended.told = told
+            ended.heard.set()
 
     async def _read(self, seconds: float) -> None:
         streams = {self._wake_key: self._wake_id, ENDED_KEY: self._ended_id}
@@ -155,10 +164,11 @@ class Watcher:
                 self._hand_out(key, entries)
 
     def _tell_ends(self, entries: Entries) -> None:
-        for job_id in (fields[b"j"].decode() for _, fields in entries):
+        for _, told in entries:
+            job_id = told[b"j"].decode()
             self._lately.pop(job_id, None)
             self._lately[job_id] = None
-            self._tell(job_id)
+            self._tell(job_id, told)
         while len(self._lately) > ENDS:
             del self._lately[next(iter(self._lately))]
 

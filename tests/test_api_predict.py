@@ -18,6 +18,7 @@ from core.errors import PromptTooLong
 from core.request import Kind, Request
 from jobs.async_store import AsyncStore
 from jobs.job import Job, JobState, NewJob
+from jobs.reports import Submitted
 from tests.api_world import front
 
 pytest_plugins = ("tests.api_world",)
@@ -118,11 +119,12 @@ class IdsStore:
     async def known(self) -> Sequence[ModelCard]:
         return [IDS_ONLY]
 
-    async def submit(self, new: NewJob) -> None:
+    async def submit(self, new: NewJob) -> Submitted:
         self.submitted.append(new.request)
         self.job = Job(id=new.id, kind=new.request.kind, created_at=0.0, **self.ending)
+        return Submitted(job=self.job, created=True)
 
-    async def wait(self, job_id: str, seconds: float, *, fresh: bool = False) -> Job | None:
+    async def wait(self, job_id: str, seconds: float, *, seen: Job | None = None) -> Job | None:
         return self.job
 
 

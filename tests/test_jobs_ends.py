@@ -168,7 +168,7 @@ def test_an_end_before_the_first_read_is_not_missed(store: Store, valkey_url: st
         for job_id in ("a", "b"):
             with door._watcher.awaiting(job_id) as told:
                 store.cancel(job_id)  # nothing else has run since: nobody reads yet
-                await asyncio.wait_for(told.wait(), AT_ONCE_SECONDS)
+                await asyncio.wait_for(told.heard.wait(), AT_ONCE_SECONDS)
             await asyncio.sleep(1.2)  # nobody waits: it reads no more
             assert door._watcher._task is not None
             assert door._watcher._task.done()
@@ -180,22 +180,75 @@ def test_an_end_before_the_first_read_is_not_missed(store: Store, valkey_url: st
 def test_who_has_just_seen_a_job_does_not_look_again_and_misses_no_end(
     store: Store, valkey_url: str, valkey: redis.Redis
 ) -> None:
-    for job_id in ("a", "b"):
-        add(store, job_id)
+    seen = {job_id: add(store, job_id) for job_id in ("a", "b")}
 
     async def body(door: AsyncStore) -> None:
         valkey.config_resetstat()
-        waiting = asyncio.create_task(door.wait("a", 3, fresh=True))
+        waiting = asyncio.create_task(door.wait("a", 3, seen=seen["a"]))
         await asyncio.sleep(0.1)
         assert "cmdstat_evalsha" not in valkey.info("commandstats")
         store.cancel("b")
         await asyncio.sleep(0.1)  # its end is read before anybody waits for it
         start = time.monotonic()
-        assert (await door.wait("b", 3, fresh=True)).state is S.CANCELLED
+        assert (await door.wait("b", 3, seen=seen["b"])).state is S.CANCELLED
         store.cancel("a")
         assert (await hears(waiting, start)).state is S.CANCELLED
 
     using(valkey_url, body)
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("end", [end for end in ENDS if end is not cancel_queued and end is not run_out_of_time])
+def test_who_has_waited_since_the_submission_is_told_the_job_with_its_end(
+    store: Store, valkey_url: str, valkey: redis.Redis, end: Callable[..., None]
+) -> None:
+    seen = add(store, "a", awaited=True, metadata={"for": "whom"}, result_ttl_seconds=77)
+
+    async def body(door: AsyncStore) -> Job:
+        waiting = asyncio.create_task(door.wait("a", 3, seen=seen))
+        await asyncio.sleep(0.1)
+        end(store)
+        valkey.config_resetstat()
+        job = await waiting
+        assert "cmdstat_evalsha" not in valkey.info("commandstats"), "it asked"
+        assert not valkey.hexists(f"{keys.JOB}a", "awaited")
+        return job
+
+    assert using(valkey_url, body) == store.get("a")
+
+
+@pytest.mark.usefixtures("blind")
+@pytest.mark.parametrize("fields", [{"metadata": {"long": "x" * 9_000}}, {"webhook": "https://example.org"}, {}])
+def test_who_waits_reads_a_job_that_is_not_told_with_its_end(
+    store: Store, valkey_url: str, fields: dict[str, Any]
+) -> None:
+    seen = add(store, "a", awaited=bool(fields), **fields)
+
+    async def body(door: AsyncStore) -> Job:
+        waiting = asyncio.create_task(door.wait("a", 3, seen=seen))
+        await asyncio.sleep(0.1)
+        succeed(store)
+        entries: Any = store.connection.xrange(keys.ENDED)
+        assert [[*entry[1]] for entry in entries] == [[b"j"]]
+        return await waiting
+
+    assert using(valkey_url, body) == store.get("a")
+
+
+@pytest.mark.usefixtures("blind")
+def test_the_end_of_an_earlier_run_is_not_told_to_who_saw_a_later_one(store: Store, valkey_url: str) -> None:
+    add(store, "a", awaited=True)
+    fail(store)
+    seen = store.retry("a")
+
+    async def body(door: AsyncStore) -> Job:
+        waiting = asyncio.create_task(door.wait("a", 3, seen=seen))  # it hears of the first end
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        succeed(store)
+        return await waiting
+
+    assert using(valkey_url, body).state is S.SUCCEEDED
 
 
 def test_no_more_ends_are_remembered_than_the_stream_keeps(valkey_url: str) -> None:

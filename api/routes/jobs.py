@@ -91,13 +91,13 @@ async def _submit(here: Context, body: GenerateBody | PredictBody, job_id: str, 
     request = dataclasses.replace(asked, model=await here.fleet.settle(asked.model))
     await here.fleet.refuse_unable(request)
     new = body.to_new_job(job_id, request, result_ttl_seconds=here.settings.result_ttl_seconds)
-    submitted = await here.store.submit(new)
+    preference = read_prefer(prefer, here.settings.max_wait_seconds)
+    submitted = await here.store.submit(dataclasses.replace(new, awaited=preference.wait_seconds > 0))
     job = submitted.job
     if not submitted.created and not _same(job.request, asked):
         raise IdReused(job_id)
-    preference = read_prefer(prefer, here.settings.max_wait_seconds)
     if preference.wait_seconds and job.state not in FINAL:
-        job = await here.wait(job_id, preference.wait_seconds, fresh=True)
+        job = await here.wait(job_id, preference.wait_seconds, seen=job)
     headers = {"location": f"/v1/jobs/{job_id}", "vary": "Prefer"}
     if preference.applied:
         headers["preference-applied"] = preference.applied

@@ -32,9 +32,9 @@ async def predict(here: Here, body: AText) -> Response:
     if here.held.full:
         raise TooManyStreams(here.held.limit)
     new = NewJob(id=f"job_{uuid.uuid4().hex}", request=request, result_ttl_seconds=here.settings.result_ttl_seconds)
-    await here.store.submit(new)
+    submitted = await here.store.submit(dataclasses.replace(new, awaited=True))
     seconds = here.settings.predict_wait_seconds
-    job = await here.wait(new.id, seconds, fresh=True)
+    job = await here.wait(new.id, seconds, seen=submitted.job)
     if job.state not in FINAL:
         raise StillRunning(job.id, seconds)
     if job.state is not JobState.SUCCEEDED:

@@ -15,7 +15,7 @@ local FIELDS = {
   'status', 'attempt', 'crashes', 'kind', 'model', 'place', 'reason', 'events', 'tokens', 'ticket', 'closed',
   'settled', 'published_attempt', 'cancel_requested', 'deadline_at', 'suspect_at', 'result_ttl', 'failure_ttl',
   'worker_name', 'ended_at', 'rate_limit_key', 'engine', 'resume', 'waiting_for', 'read', 'first_token',
-  'text_bytes', 'webhook', 'callback', 'priority', 'watched',
+  'text_bytes', 'webhook', 'callback', 'priority', 'watched', 'awaited',
 }
 -- The classes of the queue, the most urgent one first: in which list a job waits, and what it is counted by.
 local CLASSES = {
@@ -100,6 +100,24 @@ local function read(id)
   row[#SEEN + 4] = id
   row[#SEEN + 5] = row[2] and call('HMGET', K.callback .. row[2], 'state', 'attempts', 'error') or false
   return row
+end
+
+local TOLD = 8192 -- bytes of a job that are told with its end
+
+-- Tell those who wait that the job has ended; who has waited since its submission is told the job as well.
+local function tell_end(id, job)
+  local entry, bytes = {'j', id}, 0
+  local function add(name, value)
+    entry[#entry + 1], entry[#entry + 2], bytes = name, value, bytes + #value
+  end
+  local row = job.awaited and not job.callback and read(id)
+  if row and not row[#SEEN + 2] then
+    for i, name in ipairs(SEEN) do if row[i] then add(name, row[i]) end end
+    local result = row[#SEEN + 1] or {}
+    for i = 1, #result, 2 do add('.' .. result[i], result[i + 1]) end
+  end
+  if bytes > TOLD then entry = {'j', id} end
+  call('XADD', K.ended, 'MAXLEN', '~', 1000, '*', unpack(entry))
 end
 
 -- Move the job's entry of the index to a state; nil takes it out. Answers when the job came, in microseconds.

@@ -8,12 +8,6 @@ local function log(id, job, ...)
   job.events = job.events + 1
 end
 
--- The end of a log; whoever waits for the job hears of it without reading the log.
-local function log_end(id, job)
-  log(id, job, 'f', 1)
-  call('XADD', K.ended, 'MAXLEN', '~', 1000, '*', 'j', id)
-end
-
 local function varint(number)
   if number < 128 then return string.char(number) end
   local bytes = {}

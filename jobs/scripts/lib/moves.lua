@@ -93,7 +93,7 @@ end
 
 -- What is of use only while a job is unfinished.
 local FLEETING = {'cancel_requested', 'published_attempt', 'first_token', 'read', 'engine', 'waiting_for',
-  'last_heartbeat', 'suspect_at', 'text_bytes', 'watched'}
+  'last_heartbeat', 'suspect_at', 'text_bytes', 'watched', 'awaited'}
 
 -- End a job: the only way into a final state. how: status, reason, error, value, text_bytes (of the value), exc, attempt
 -- (that is settled).
@@ -103,7 +103,7 @@ local function finish(id, job, state, how)
   if job.closed then reopen(id, job) end
   if job.status ~= 'started' then unlist(id) end -- what was claimed is in no list
   job.state = state
-  log_end(id, job)
+  log(id, job, 'f', 1)
   move(id, job, state)
   local change = {'status', status, 'ended_at', stamp(), 'place', state, 'events', job.events, 'closed', 1}
   local function set(name, value) if value then change[#change + 1] = name; change[#change + 1] = value end end
@@ -129,6 +129,7 @@ local function finish(id, job, state, how)
   if seconds == 0 and dependents then seconds = 60 end -- RQ's code still has to look at it
   if seconds ~= 0 then pack_log(id, how.text_bytes ~= job.text_bytes or job.resume == 'any') end
   retain(id, job, seconds)
+  tell_end(id, job)
   return dependents
 end
 
@@ -139,7 +140,7 @@ end
 -- Stock RQ ended the job (cancel, another worker): our index, log and retention learn of it, once.
 local function note_end(id, job)
   if job.closed or not is_final(job.state) then return end
-  log_end(id, job)
+  log(id, job, 'f', 1)
   move(id, job, job.state)
   call('HSET', K.job .. id, 'closed', 1, 'events', job.events, 'place', job.state)
   call('HDEL', K.job .. id, 'cancel_requested', 'waiting_for', 'watched')
@@ -150,6 +151,7 @@ local function note_end(id, job)
   pack_log(id, true)
   local seconds = keep(job)
   if call('TTL', K.job .. id) < 0 then retain(id, job, seconds == 0 and 1 or seconds) end
+  tell_end(id, job)
 end
 
 -- Where a job waits for the like of its engine; a suspect among suspects, or whoever claims it would send it back.
