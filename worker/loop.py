@@ -22,7 +22,7 @@ from worker.outbox import Outbox
 from worker.presence import Presence
 from worker.running import Gate, Running
 from worker.stop import Stop
-from worker.talk import Heard, Said, Talk
+from worker.talk import Heard, Said, Talk, Vital
 
 IDLE_SECONDS = 0.5  #: the longest an idle worker blocks: a job that stock RQ put in wakes nobody
 SUSPENDED_SECONDS = 0.25  #: between two looks whether ``rq resume`` was called
@@ -101,14 +101,11 @@ class Worker:
         hungry = room > 0 and (self._waiting or not self._running)
         if not (everything or hungry or self._due()):
             return
-        running = {job_id: running.attempt for job_id, running in self._running.items()}
         said = Said(
-            state=self._state,
-            holding={**self._outbox.settling, **running},
-            stats=self._count(),
+            vital=self._vital() if self._presence.due(self._state) else None,
             report=self._outbox.draw(everything=everything),
             room=room,
-            running=len(running),
+            running=len(self._running),
             hungry=hungry,
         )
         if first:
@@ -252,6 +249,11 @@ class Worker:
         if self._running:
             return "busy"
         return "suspended" if self._presence.suspended else "idle"
+
+    def _vital(self) -> Vital:
+        """What the lease is renewed with."""
+        running = {job_id: running.attempt for job_id, running in self._running.items()}
+        return Vital(state=self._state, holding={**self._outbox.settling, **running}, stats=self._count())
 
     def _count(self) -> Wire:
         """The engine's counters and the loop's own cost, for ``/metrics``."""

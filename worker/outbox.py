@@ -88,6 +88,7 @@ class Outbox:
     def __init__(self) -> None:
         self._unpublished: dict[str, Unpublished] = {}  # by job
         self._settlements: dict[str, Settlement] = {}
+        self._urgent = False  # some of it is, and came after the last report was drawn
 
     def __len__(self) -> int:
         return len(self._unpublished) + len(self._settlements)
@@ -100,13 +101,15 @@ class Outbox:
     @property
     def pressing(self) -> bool:
         """Something in it is not to wait for the rest."""
-        return bool(self._settlements) or any(each.urgent for each in self._unpublished.values())
+        return self._urgent or bool(self._settlements)
 
     def publish(self, running: Running, event: TokenEvent) -> None:
         """Take the next token event of a job."""
-        if running.job_id not in self._unpublished:
-            self._unpublished[running.job_id] = Unpublished(running, running.next_event)
-        self._unpublished[running.job_id].fresh.append(event)
+        unpublished = self._unpublished.get(running.job_id)
+        if unpublished is None:
+            unpublished = self._unpublished[running.job_id] = Unpublished(running, running.next_event)
+        unpublished.fresh.append(event)
+        self._urgent = self._urgent or unpublished.urgent
 
     def finish(self, running: Running, result: Result) -> None:
         """Take the result of a job; how it ended is in its choices, or was asked for before there was one."""
@@ -143,6 +146,7 @@ class Outbox:
             for job_id, each in self._unpublished.items()
             if everything or each.urgent or not each.running.published or job_id in self._settlements
         ]
+        self._urgent = False
         publications = [each.publication() for each in chosen]
         counts = [(each, len(each.events)) for each in chosen]
         return Report(publications, list(self._settlements.values()), counts)

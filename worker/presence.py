@@ -51,18 +51,20 @@ class Presence:
         self._store.birth(self._card)
         self._rq.register()
 
-    def beat(self, state: str, holding: Mapping[str, int], stats: Wire) -> Beat | None:
-        """Renew the lease if it is time, and hand back what Redis says we hold and we do not know.
+    def due(self, state: str) -> bool:
+        """Whether it is time for a beat; asking sets the next time, and a changed ``state`` brings it forward."""
+        if state != self._shown:
+            self._every.hurry(PROMPTLY_SECONDS)
+        return self._every.due()
+
+    def beat(self, state: str, holding: Mapping[str, int], stats: Wire) -> Beat:
+        """Renew the lease, and hand back what Redis says we hold and we do not know.
 
         Args:
-            state: what to show; a change brings the next beat forward.
+            state: what to show.
             holding: job id -> attempt, of all that is computed here or waits to be settled.
             stats: the counters for ``/metrics``.
         """
-        if state != self._shown:
-            self._every.hurry(PROMPTLY_SECONDS)
-        if not self._every.due():
-            return None
         beat = self._store.renew(self.name, state, holding, stats)
         self._rq.beat(state)
         if beat.unknown:

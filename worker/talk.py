@@ -22,12 +22,19 @@ from worker.upkeep import Upkeep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vital:
+    """What a beat says: see ``Presence.beat``."""
+
+    state: str
+    holding: Mapping[str, int]
+    stats: Wire
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
     """What a loop has to say, as it stands between two steps."""
 
-    state: str
-    holding: Mapping[str, int]  #: job id -> attempt, of all that is computed or waits to be settled
-    stats: Wire  #: for ``/metrics``
+    vital: Vital | None  #: if it is time for a beat
     report: Report
     room: int  #: jobs to claim, at most
     running: int  #: jobs in the engine
@@ -79,7 +86,8 @@ class Talk:
         return heard
 
     def _hold(self, said: Said, heard: Heard) -> None:
-        heard.beat = self._presence.beat(said.state, said.holding, said.stats)
+        if said.vital is not None:
+            heard.beat = self._presence.beat(said.vital.state, said.vital.holding, said.vital.stats)
         room = 0 if self._presence.suspended else said.room
         wanted = Wanted(self._presence.name, self._card, room, said.running)
         hungry = room > 0 and said.hungry

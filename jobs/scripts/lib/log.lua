@@ -8,16 +8,26 @@ local function log(id, job, ...)
   job.events = job.events + 1
 end
 
-local function varint(number)
-  if number < 128 then return string.char(number) end
-  local bytes = {}
-  while number >= 128 do
-    bytes[#bytes + 1] = string.char(number % 128 + 128)
-    number = math.floor(number / 128)
+-- Numbers, a space between them, each as a varint; and how many they are.
+local function varints(numbers)
+  local pieces, bytes, length, count = {}, {}, 0, 0
+  for digits in string.gmatch(numbers, '%d+') do
+    local number = tonumber(digits)
+    while number >= 128 do
+      length = length + 1
+      bytes[length] = number % 128 + 128
+      number = math.floor(number / 128)
+    end
+    length, count = length + 1, count + 1
+    bytes[length] = number
+    if length > 1000 then
+      pieces[#pieces + 1], bytes, length = string.char(unpack(bytes)), {}, 0
+    end
   end
-  bytes[#bytes + 1] = string.char(number)
-  return table.concat(bytes)
+  return table.concat(pieces) .. string.char(unpack(bytes)), count
 end
+
+local function varint(number) return (varints(string.format('%d', number))) end
 
 -- One entry of the stream, packed: the length of its text times 4, plus what it is: 0 a token with one id, of the first
 -- choice and without log-probabilities, 1 any other token event, 2 started, 3 finished.
@@ -29,19 +39,14 @@ local function pack(fields, inline)
   if #fields == 4 and fields[3] == 'i' and not string.find(fields[4], ' ', 1, true) then
     return varint(4 * #text) .. varint(tonumber(fields[4])) .. body
   end
-  local ids, index, logprobs, count = {}, 0, '', 0
+  local ids, count, index, logprobs = '', 0, 0, ''
   for i = 3, #fields, 2 do
     local name, value = fields[i], fields[i + 1]
     if name == 'x' then index = tonumber(value) end
     if name == 'l' then logprobs = value end
-    if name == 'i' then
-      for token_id in string.gmatch(value, '%d+') do
-        count = count + 1
-        ids[count] = varint(tonumber(token_id))
-      end
-    end
+    if name == 'i' then ids, count = varints(value) end
   end
-  return varint(4 * #text + 1) .. varint(index) .. varint(count) .. table.concat(ids) .. varint(#logprobs) .. logprobs .. body
+  return varint(4 * #text + 1) .. varint(index) .. varint(count) .. ids .. varint(#logprobs) .. logprobs .. body
 end
 
 -- Pack the next PIECE events of an ended job. Texts go along (`inline`) unless the result has them, every byte. The last

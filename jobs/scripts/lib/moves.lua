@@ -101,7 +101,7 @@ local function finish(id, job, state, how)
   how = how or {}
   local status = how.status or STATUS[state]
   if job.closed then reopen(id, job) end
-  if job.status ~= 'started' then unlist(id) end -- what was claimed is in no list
+  unlist(id) -- though it was claimed: stock RQ leaves what it enqueues where it was scheduled
   job.state = state
   log(id, job, 'f', 1)
   move(id, job, state)
