@@ -88,6 +88,7 @@ def server(app: FastAPI, settings: ApiSettings) -> Server:
         log_config=None,
         log_level=settings.log_level,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=CLOSE_SECONDS,
     )

@@ -12,6 +12,7 @@ import redis
 
 from core.instant import InstantConfig, InstantEngine
 from core.request import Emitted, FinishedEvent, Kind, Request, SamplingParams
+from jobs import commands
 from jobs.job import FINAL, Job, JobState, NewJob, Resume
 from jobs.store import Store, Wanted, WorkerCard
 from tests.worker_world import eventually, store_settings, working
@@ -194,6 +195,20 @@ def test_another_engine_starts_over_what_nobody_has_read(store: Store, valkey_ur
     assert engines == ["none", "bfloat16"]
     assert text_of(store, "a") == (job.result or {})["choices"][0]["text"]
     assert (job.result or {})["usage"]["completion_tokens"] == 100
+
+
+def test_who_begins_to_read_in_the_middle_of_an_answer_waits_for_no_report_of_all(
+    store: Store, valkey_url: str
+) -> None:
+    with working(valkey_url, step_ms=10, publish_unread_seconds=60):
+        submit(store, "a", max_tokens=100_000)
+        published(store, "a", 1)
+        time.sleep(0.2)
+        unread = store.get("a").tokens_generated
+        store._runner.run(commands.follow("a", -1))
+        published(store, "a", unread + 15)
+
+    assert unread < 15
 
 
 def test_an_engine_with_another_vocabulary_cannot_go_on_even_where_any_may(store: Store, valkey_url: str) -> None:

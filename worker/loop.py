@@ -70,7 +70,7 @@ class Worker:
         start, apart, idle = self._clock(), self._apart, not self._running
         self._listen(patiently=idle)
         self._speak()
-        self._end_early()
+        self._obey()
         self._take(self._step())
         if self._running or not idle:
             self._cost += self._clock() - start - (self._apart - apart)
@@ -164,8 +164,11 @@ class Worker:
         else:
             self._running[job.id] = Running.start(job, self._clock())
 
-    def _end_early(self) -> None:
-        """Obey stop commands, deadlines and time-outs: the next step ends those jobs with what they have."""
+    def _obey(self) -> None:
+        """Obey commands, deadlines and time-outs: the next step ends jobs with what they have."""
+        for job_id in self._presence.followed():
+            if job_id in self._running:
+                self._running[job_id].watched = True
         for command in self._presence.stop_commands():
             self._cancel(command.job_id, command.attempt)
         now = self._clock()

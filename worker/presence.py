@@ -85,6 +85,11 @@ class Presence:
         while self._rq.stops:
             yield self._rq.stops.popleft()
 
+    def followed(self) -> Iterator[str]:
+        """The jobs that somebody has begun to read along since the last call."""
+        while self._rq.follows:
+            yield self._rq.follows.popleft()
+
     def leave(self) -> None:
         """Give up the lease and disappear."""
         self._store.death(self.name)

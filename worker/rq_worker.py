@@ -40,13 +40,14 @@ class StopCommand:
 class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy: its annotations are not strict
     """A real RQ worker for registration, heartbeat, state and commands; the loop is ours.
 
-    ``stops`` is filled by the command thread and emptied by the loop between two steps.
+    ``stops`` and ``follows`` are filled by the command thread and emptied by the loop between two steps.
     """
 
     def __init__(self, name: str, connection: Any, request_stop: Callable[[], None]) -> None:
         """Take a client of its own: the command thread listens on it, the loop beats over it."""
         super().__init__([QUEUE], name=name, connection=connection, serializer=JSONSerializer)
         self.stops: deque[StopCommand] = deque()
+        self.follows: deque[str] = deque()  #: jobs that somebody has begun to read along
         self._ask_to_stop = request_stop
 
     def register(self) -> None:
@@ -87,6 +88,8 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
         elif command == "stop-execution" and isinstance(job_id, str):
             execution = str(payload.get("execution_id"))
             self.stops.append(StopCommand(job_id, int(execution) if execution.isdecimal() else -1))
+        elif command == "follow-job" and isinstance(job_id, str):  # ours, and none of RQ's
+            self.follows.append(job_id)
         elif command == "shutdown":
             log.info("told to shut down by RQ's command")
             self._ask_to_stop()

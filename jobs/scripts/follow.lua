@@ -3,5 +3,9 @@
 -- counts as read. What is there already does not: that is show's to say. ARGV: ttl, id, number.
 local id = ARGV[2]
 local job = load(id)
-if job and not is_final(job.state) and not job.watched then call('HSET', K.job .. id, 'watched', 1) end
+if job and not is_final(job.state) and not job.watched then
+  call('HSET', K.job .. id, 'watched', 1)
+  local message = cjson.encode({command = 'follow-job', job_id = id})
+  if job.worker_name then call('PUBLISH', K.pubsub .. job.worker_name, message) end
+end
 return read_log(id, tonumber(ARGV[3]))
