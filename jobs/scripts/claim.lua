@@ -9,7 +9,6 @@
 local worker, room, running, model = ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4]), string.lower(ARGV[5])
 local engine, looks, identity, patience = ARGV[6], tonumber(ARGV[7]), ARGV[8], tonumber(ARGV[9])
 local SUSPECT_WAIT, HOLD_FOR = 2000, 60000 -- milliseconds
-local YOUNG = 1000000 -- microseconds after its submission
 local taken, waiting = {}, {} -- waiting: the lists of each class that somebody waits in
 
 -- Whether this engine may compute the job: it begins the answer, goes on as whoever began would, or may start it over.
@@ -47,7 +46,7 @@ local function take(id, job)
   taken[#taken + 1] = {id, attempt, job.events, job.crashes, job.deadline_at and job.deadline_at - NOW or false,
     call('HMGET', key, 'data', 'kind', 'timeout', 'success_callback_name', 'failure_callback_name',
       'stopped_callback_name', 'repeats_left', 'webhooks', 'created_at'),
-    job.watched and 1 or 0, NOW_US - came < YOUNG and 1 or 0}
+    job.watched and 1 or 0, is_young(came) and 1 or 0}
 end
 
 -- The next id of a list that is to be computed here; what is not is put where it belongs. `trusted`: it lists suspects.

@@ -5,7 +5,10 @@ local id = ARGV[2]
 local job = load(id)
 if job and not is_final(job.state) and not job.watched then
   call('HSET', K.job .. id, 'watched', 1)
-  local message = cjson.encode({command = 'follow-job', job_id = id})
-  if job.worker_name then call('PUBLISH', K.pubsub .. job.worker_name, message) end
+  local came = call('ZSCORE', K.index .. job.kind .. ':running', id)
+  local first = job.tokens == 0 and came and is_young(came) -- its worker hears of it from the first token's report
+  if job.worker_name and not first then
+    call('PUBLISH', K.pubsub .. job.worker_name, cjson.encode({command = 'follow-job', job_id = id}))
+  end
 end
 return read_log(id, tonumber(ARGV[3]))
