@@ -23,6 +23,7 @@ from tests.test_jobs_async import using
 
 S = JobState
 AT_ONCE_SECONDS = 0.5
+LOOKED_SECONDS = 2.0  #: the next look finds it, and not the end of the wait
 
 
 @pytest.fixture
@@ -307,10 +308,11 @@ def test_who_waits_for_a_job_that_is_wiped_out_is_told_so(store: Store, valkey_u
     add(store, "a")
 
     async def body(door: AsyncStore) -> None:
-        waiting = await wait_for_it(door)
+        waiting, start = await wait_for_it(door), time.monotonic()
         valkey.flushall()
         with pytest.raises(JobNotFound):
             await waiting
+        assert time.monotonic() - start < LOOKED_SECONDS
         add(store, "b")
         again = await wait_for_it(door, "b")
         start = time.monotonic()
@@ -324,9 +326,11 @@ def test_who_waits_for_a_job_that_stock_rq_ends_finds_it(store: Store, valkey_ur
     add(store, "a")
 
     async def body(door: AsyncStore) -> JobState:
-        waiting = await wait_for_it(door)
+        waiting, start = await wait_for_it(door), time.monotonic()
         RqJob.fetch("a", connection=valkey, serializer=JSONSerializer).cancel()
-        return (await waiting).state
+        job = await waiting
+        assert time.monotonic() - start < LOOKED_SECONDS
+        return job.state
 
     assert using(valkey_url, body) is S.CANCELLED
 
