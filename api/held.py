@@ -67,7 +67,7 @@ class Held:
         finally:
             self._limits.discard(limit)
 
-    async def first(self, awaited: Awaitable[T], seconds: float | None) -> asyncio.Future[T]:
+    async def first(self, awaited: Awaitable[T], seconds: float) -> asyncio.Future[T]:
         """Wait for ``awaited``, for ``seconds`` or for the server's end, whichever comes first.
 
         Returns:

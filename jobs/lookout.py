@@ -39,9 +39,9 @@ class Lookout:
         Args:
             ask: ask again, unless an answer is still on its way.
         """
+        found = False
         try:
-            found = self._asked and self._connection.can_read(0)
-            if found:
+            if self._asked and self._connection.can_read(0):
                 self._asked = False
                 found = self._connection.read_response() > 0
             if ask and not self._asked and self._ready:
@@ -49,7 +49,7 @@ class Lookout:
                 self._asked = True
         except (redis.RedisError, OSError):
             self._connection.disconnect()
-            self._ready = False
+            self._ready = self._asked = False
         return found or not self._ready
 
     def close(self) -> None:

@@ -239,6 +239,15 @@ def test_a_claim_tells_which_jobs_somebody_reads_along_and_which_are_young(
     assert told == {"followed": (True, False), "young": (False, True), "old": (False, False)}
 
 
+def test_a_running_job_that_stock_rq_queues_again_is_claimed_again(store: Store, valkey: redis.Redis) -> None:
+    add(store, "a")
+    assert [job.attempt for job in take(store)] == [1]
+    valkey.hset(f"{keys.JOB}a", "status", "queued")
+    valkey.rpush(keys.READY, "a")
+
+    assert [job.attempt for job in take(store)] == [2]
+
+
 def test_a_stream_ends_when_stock_rq_ends_the_job(store: Store, valkey_url: str, valkey: redis.Redis) -> None:
     add(store, "a")
 

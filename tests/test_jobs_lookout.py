@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import redis
 
 from jobs.lookout import Lookout
 from jobs.store import Store
@@ -63,6 +64,29 @@ def test_a_server_that_hangs_is_neither_waited_for_nor_asked_again(
     assert lookout._connection.can_read(5)
     assert not lookout.jobs_wait(ask=False)
     assert store.connection.info("commandstats")["cmdstat_exists"]["calls"] == 1
+
+
+def test_a_server_that_dies_with_a_question_is_not_connected_to_between_steps(
+    own_valkey: Server, lookout: Lookout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_valkey.process.send_signal(signal.SIGSTOP)
+    assert not lookout.jobs_wait(ask=True)
+    own_valkey.process.kill()
+    own_valkey.process.wait(10)
+    monkeypatch.setattr(lookout._connection, "connect", lambda: pytest.fail("it waits for Redis"))
+    assert [lookout.jobs_wait(ask=True) for _ in range(3)] == [True] * 3
+
+
+@pytest.mark.parametrize("fault", [redis.ConnectionError("cut"), OSError("cut")])
+def test_a_fault_while_it_looks_for_the_answer_means_that_jobs_may_wait(
+    lookout: Lookout, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def fail(seconds: float) -> bool:
+        raise fault
+
+    lookout.jobs_wait(ask=True)
+    monkeypatch.setattr(lookout._connection, "can_read", fail)
+    assert [lookout.jobs_wait(ask=True) for _ in range(2)] == [True] * 2
 
 
 def test_with_a_server_that_died_jobs_may_wait_until_it_is_prepared_anew(own_valkey: Server, lookout: Lookout) -> None:

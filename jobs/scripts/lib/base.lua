@@ -54,8 +54,8 @@ end
 local function is_final(state) return state ~= 'queued' and state ~= 'running' end
 
 -- Whether a job that came then, in microseconds, is so young that somebody may be about to read along: its first token is
--- published at once.
-local function is_young(came) return NOW_US - came < 1000000 end
+-- published at once. Where nobody knows, it is not.
+local function is_young(came) return came and NOW_US - came < 1000000 end
 
 -- Number of the class of a priority.
 local function class_of(priority) return priority < 0 and 1 or priority > 0 and 3 or 2 end
@@ -124,7 +124,8 @@ local function tell_end(id, job)
   call('XADD', K.ended, 'MAXLEN', '~', 1000, '*', unpack(entry))
 end
 
--- Move the job's entry of the index to a state; nil takes it out. Answers when the job came, in microseconds.
+-- Move the job's entry of the index to a state; nil takes it out. Answers when the job came, in microseconds; nothing where
+-- it is there: stock RQ may queue what runs.
 local function move(id, job, state)
   if job.place == state then return end
   local score = NOW_US
