@@ -21,6 +21,7 @@ from api import errors as ours
 from api.bodies import body_schemas
 from api.complaints import complaint
 from api.context import Context
+from api.direct import Direct
 from api.fleet import Fleet
 from api.guard import Guard
 from api.held import Held
@@ -190,7 +191,9 @@ def _middleware(settings: ApiSettings, metrics: Metrics) -> list[Middleware]:
         )
         layers.append(cors)
     settings.read_key()  # Starlette builds the layers with the first request: a bad key must show now
-    return [*layers, Middleware(Guard, settings=settings, refuse=refuse)]
+    route = next(route for route in jobs.router.routes if isinstance(route, APIRoute) and route.endpoint is jobs.submit)
+    guard, direct = Middleware(Guard, settings=settings, refuse=refuse), Middleware(Direct, route=route, refuse=refuse)
+    return [*layers, guard, direct]
 
 
 @asynccontextmanager

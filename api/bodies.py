@@ -26,7 +26,7 @@ _MODELS: tuple[type[BaseModel], ...] = (GenerateBody, PredictBody, TextBody, Ret
 _REFERENCE = "#/components/schemas/{model}"
 
 
-async def _job_body(request: Request) -> GenerateBody | PredictBody:
+async def job_body(request: Request) -> GenerateBody | PredictBody:
     return read_json(JOB_BODY, await request.body(), JOB_NAMES)
 
 
@@ -38,7 +38,7 @@ async def _retry_body(request: Request) -> RetryBody:
     return read_json(RETRY_BODY, await request.body() or b"{}", RETRY_NAMES)
 
 
-AJob = Annotated[GenerateBody | PredictBody, Depends(_job_body)]
+AJob = Annotated[GenerateBody | PredictBody, Depends(job_body)]
 AText = Annotated[TextBody, Depends(_text_body)]
 ARetry = Annotated[RetryBody, Depends(_retry_body)]
 

@@ -51,9 +51,10 @@ class Context:
         return await self.store.get(job_id)
 
 
-async def _context(request: Request) -> Context:
-    context: Context = request.app.state.context
-    return context
+async def context(request: Request) -> Context:
+    """What ``request`` is answered with."""
+    found: Context = request.app.state.context
+    return found
 
 
-Here = Annotated[Context, Depends(_context)]
+Here = Annotated[Context, Depends(context)]
