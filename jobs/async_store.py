@@ -19,6 +19,7 @@ from jobs import commands
 from jobs.connection import connect_async, explain, judge
 from jobs.dead_letters import DeadLetters
 from jobs.durable import WAITS, check_on_disk
+from jobs.ends import Ends
 from jobs.job import FINAL, Job, JobState, NewJob
 from jobs.lane import Lane
 from jobs.line import Line
@@ -65,7 +66,8 @@ class AsyncStore:
         self._reads = Lane(self._runner)
         self._memory = Remembered(self._look_at_memory, MEMORY_SECONDS, time.monotonic)
         self.dead = DeadLetters(self._runner)
-        self._watcher = Watcher(Line(connect_async(url)), self._runner, self._over)
+        self._watcher = Watcher(Line(connect_async(url)), self._runner)
+        self._ends = Ends(connect_async(url), self._over)
 
     @classmethod
     def connect(cls, settings: StoreSettings) -> AsyncStore:
@@ -74,6 +76,7 @@ class AsyncStore:
     async def close(self) -> None:
         """End every watch and every connection."""
         await self._watcher.close()
+        await self._ends.close()
         await self._submits.close()
         await self._reads.close()
         await self._submitting.close()
@@ -207,7 +210,7 @@ class AsyncStore:
             return await self.get(job_id)
         clock = asyncio.get_running_loop().time
         deadline = clock() + timeout_seconds
-        with self._watcher.awaiting(job_id) as ended:
+        with self._ends.awaiting(job_id) as ended:
             if seen is None:
                 ended.heard.set()
             while True:

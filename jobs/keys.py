@@ -39,7 +39,7 @@ LIKE = (
 )
 LIKE_SUSPECTS = f"{SUSPECTS}.like."  #: + identity: the same for suspects
 EVENTS = "headrace:events:"  #: + id: stream; event n is entry <n+1>-0; of an ended job they are in its hash, packed
-ENDED = "headrace:ended"  #: stream of the ids that ended last, about a thousand: whoever waits for a job reads it
+ENDED = "headrace:ended"  #: channel on which each end is told: whoever waits for a job listens
 UNPACKED = "headrace:unpacked"  #: set of ended ids whose long logs are not packed to the end yet
 WAITS = "headrace:waits"  #: zset of ids in such a list by the time they fail (milliseconds)
 INDEX = "headrace:index:"  #: + kind:state: zset of ids by creation (microseconds); a job is in exactly one

@@ -27,6 +27,7 @@ STATES: Mapping[str, JobState] = {
     "stopped": JobState.CANCELLED,
 }  #: RQ's status -> ours; what is not here waits: queued, scheduled, deferred, rate_limited …
 EXPIRED_REASON = "deadline"
+SEEN_BYTES = [name.encode() for name in SEEN]
 
 #: What is known of a worker's death: ``at`` in Unix seconds, ``tokens`` published by then, jobs beside this one.
 DEATH = ("attempt", "worker", "host", "how", "at", "tokens", "neighbours")
@@ -90,7 +91,7 @@ def read_told(fields: Mapping[bytes, bytes]) -> Row | None:
     if b"status" not in fields:
         return None
     result = [part for name, value in fields.items() if name.startswith(b".") for part in (name[1:], value)]
-    return read_row([*(fields.get(name.encode()) for name in SEEN), result, None, None, fields[b"j"], None])
+    return read_row([*map(fields.get, SEEN_BYTES), result, None, None, fields[b"j"], None])
 
 
 def pack_request(request: Request) -> bytes:

@@ -1,7 +1,6 @@
-"""Hears of many jobs over one connection: what comes into their logs, and their ends. Knows no state and no script.
+"""Hears over one connection what comes into many jobs' logs. Knows no state and no script.
 
-One ``XREAD BLOCK`` waits on every followed log, on the stream of ends, and on one of our own, which wakes it when a log
-is to be added. Whoever waits for an end reads no log; once a second one question asks which of those jobs are over.
+One ``XREAD BLOCK`` waits on every followed log, and on a stream of our own, which wakes it when a log is to be added.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -29,9 +28,7 @@ log = logging.getLogger("headrace.jobs.watch")
 LOOK_SECONDS = 1.0  #: a silent job is looked at so often: stock RQ may have ended it, and told nobody
 SILENCE_SECONDS = 1.5  #: a server that says nothing for so long after that is not waited for
 PAUSE_SECONDS = 0.2  #: after a fault
-ENDS = 1_000  #: so many are remembered, as many as the stream holds
 WAKE_SECONDS = 60  #: an unused wake stream is forgotten after so long
-ENDED_KEY = keys.ENDED.encode()
 
 Inbox = asyncio.Queue[list[LoggedEvent]]
 Entries: TypeAlias = Sequence[tuple[bytes, dict[bytes, bytes]]]
@@ -45,30 +42,16 @@ class Followed:
     inboxes: set[Inbox] = field(default_factory=set)
 
 
-@dataclass(slots=True, eq=False)
-class Awaited:
-    """An end that somebody waits for."""
-
-    heard: asyncio.Event = field(default_factory=asyncio.Event)
-    told: Mapping[bytes, bytes] = field(default_factory=dict)  #: what the stream of ends told with it
-
-
 class Watcher:
-    """Hands each new event of a followed log to everyone who follows it, and tells of an end whoever waits for it."""
+    """Hands each new event of a followed log to everyone who follows it."""
 
-    def __init__(
-        self, line: Line, runner: AsyncRunner, over: Callable[[Sequence[str]], Awaitable[Collection[str]]]
-    ) -> None:
-        """Take a line of its own to block on, a runner to wake it with, and who knows which of some jobs are over."""
+    def __init__(self, line: Line, runner: AsyncRunner) -> None:
+        """Take a line of its own to block on, and a runner to wake it with."""
         self._line = line
         self._runner = runner
-        self._over = over
         self._followed: dict[bytes, Followed] = {}
-        self._awaited: dict[str, set[Awaited]] = {}  #: by job id
         self._wake_key = f"{keys.WATCHERS}{uuid.uuid4().hex}".encode()
         self._wake_id = b"0-0"
-        self._ended_id = b"0-0"  #: of the last end read; those of the time in which nobody waited are read first
-        self._lately: dict[str, None] = {}  #: the last ids read there, in order
         self._task: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -81,7 +64,8 @@ class Watcher:
             followed = self._followed[key] = Followed(f"{after + 1}-0".encode())
         inbox: Inbox = asyncio.Queue()
         followed.inboxes.add(inbox)
-        self._start()
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
         waker = asyncio.create_task(self._wake())
         try:
             yield inbox
@@ -91,65 +75,25 @@ class Watcher:
             if not followed.inboxes and self._followed.get(key) is followed:
                 del self._followed[key]
 
-    @contextlib.contextmanager
-    def awaiting(self, job_id: str) -> Iterator[Awaited]:
-        """``heard`` when the job may have ended, be it lately or in an earlier run, or when nobody can say: who saw it
-        unfinished a moment ago need not look again before that. Clear it before each look."""
-        ended = Awaited()
-        if job_id in self._lately:
-            ended.heard.set()
-        self._awaited.setdefault(job_id, set()).add(ended)
-        self._start()
-        try:
-            yield ended
-        finally:
-            self._awaited[job_id].discard(ended)
-            if not self._awaited[job_id]:
-                del self._awaited[job_id]
-
     async def close(self) -> None:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
         await self._line.close()
 
-    def _start(self) -> None:
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
-
     async def _run(self) -> None:
-        clock = asyncio.get_running_loop().time
-        look_at = clock() + LOOK_SECONDS
-        while self._followed or self._awaited:
+        while self._followed:
             try:
-                await self._read(look_at - clock())
+                await self._read()
             except (redis.RedisError, OSError) as error:
                 said = str(error) or "no answer"
                 log.warning("following %d logs failed, trying again: %s", len(self._followed), said)
                 await asyncio.sleep(PAUSE_SECONDS)
-            if clock() >= look_at:
-                look_at = clock() + LOOK_SECONDS
-                await self._look()
 
-    async def _look(self) -> None:
-        """Ask for all who wait; where that fails each of them asks, and hears why."""
-        over: Collection[str] = [*self._awaited]
-        with contextlib.suppress(StoreError):
-            over = await self._over([*self._awaited])
-        for job_id in over:
-            self._tell(job_id, {})
-
-    def _tell(self, job_id: str, told: Mapping[bytes, bytes]) -> None:
-        for ended in self._awaited.get(job_id, ()):
-            ended.told = told
-            ended.heard.set()
-
-    async def _read(self, seconds: float) -> None:
-        streams = {self._wake_key: self._wake_id, ENDED_KEY: self._ended_id}
-        streams |= {key: followed.last for key, followed in self._followed.items()}
-        block = max(1, round(seconds * 1000))
-        words = ["XREAD", "COUNT", 1000, "BLOCK", block, "STREAMS", *streams, *streams.values()]
-        async with asyncio.timeout(seconds + SILENCE_SECONDS):
+    async def _read(self) -> None:
+        streams = {self._wake_key: self._wake_id, **{key: each.last for key, each in self._followed.items()}}
+        words = ["XREAD", "COUNT", 1000, "BLOCK", round(LOOK_SECONDS * 1000), "STREAMS", *streams, *streams.values()]
+        async with asyncio.timeout(LOOK_SECONDS + SILENCE_SECONDS):
             [answer] = await self._line.ask([words])
         if isinstance(answer, redis.ResponseError):
             raise answer
@@ -157,20 +101,8 @@ class Watcher:
             entries = [(entry_id, dict(zip(fields[::2], fields[1::2], strict=True))) for entry_id, fields in raw]
             if key == self._wake_key:
                 self._wake_id = entries[-1][0]
-            elif key == ENDED_KEY:
-                self._ended_id = entries[-1][0]
-                self._tell_ends(entries)
             else:
                 self._hand_out(key, entries)
-
-    def _tell_ends(self, entries: Entries) -> None:
-        for _, told in entries:
-            job_id = told[b"j"].decode()
-            self._lately.pop(job_id, None)
-            self._lately[job_id] = None
-            self._tell(job_id, told)
-        while len(self._lately) > ENDS:
-            del self._lately[next(iter(self._lately))]
 
     def _hand_out(self, key: bytes, entries: Entries) -> None:
         followed = self._followed.get(key)

@@ -108,20 +108,23 @@ end
 
 local TOLD = 8192 -- bytes of a job that are told with its end
 
--- Tell those who wait that the job has ended; who has waited since its submission is told the job as well.
+-- Tell those who wait that the job has ended; who has waited since its submission is told the job as well. What is told are
+-- names and values, behind a line of their lengths.
 local function tell_end(id, job)
-  local entry, bytes = {'j', id}, 0
+  local told, lengths, bytes = {}, {}, 0
   local function add(name, value)
-    entry[#entry + 1], entry[#entry + 2], bytes = name, value, bytes + #value
+    told[#told + 1], told[#told + 2] = name, value
+    lengths[#lengths + 1], lengths[#lengths + 2], bytes = #name, #value, bytes + #value
   end
+  add('j', id)
   local row = job.awaited and not job.callback and read(id)
   if row and not row[#SEEN + 2] then
     for i, name in ipairs(SEEN) do if row[i] then add(name, row[i]) end end
     local result = row[#SEEN + 1] or {}
     for i = 1, #result, 2 do add('.' .. result[i], result[i + 1]) end
   end
-  if bytes > TOLD then entry = {'j', id} end
-  call('XADD', K.ended, 'MAXLEN', '~', 1000, '*', unpack(entry))
+  if bytes > TOLD then told, lengths = {'j', id}, {1, #id} end
+  call('PUBLISH', K.ended, table.concat(lengths, ' ') .. '\n' .. table.concat(told))
 end
 
 -- Move the job's entry of the index to a state; nil takes it out. Answers when the job came, in microseconds; nothing where
