@@ -20,7 +20,7 @@ from jobs.scripting import Command, pack_exc
 from jobs.settings import StoreSettings
 from jobs.work import Beat, ClaimedJob, Publication, ReapReport, Settlement, Wanted
 
-REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, WATCHED, TOO_EARLY = 0, 1, 2, 3, 4, 5, -1
+REFUSED, DONE, REPEATED, HAS_DEPENDENTS, CANCEL_WANTED, WATCHED = 0, 1, 2, 3, 4, 5
 FULL_QUEUE, FULL_STORE, LATE = -1, -2, -3  #: why a submission was refused
 LOOKS = 512  #: ids one claim may look at
 LONGEST_HOW = 120  #: characters of how a worker died
@@ -204,12 +204,8 @@ def publish(publications: Sequence[Publication]) -> Command[list[int]]:
     return Command("publish", args, list)
 
 
-def settle(settlement: Settlement, events_before: int) -> Command[int]:
-    """End an attempt.
-
-    Args:
-        events_before: how many events the log must hold by then; 0 when this report publishes none.
-    """
+def settle(settlement: Settlement, last_words: Publication | None = None) -> Command[int]:
+    """End an attempt, and append its last events before that."""
     value, error, exc, text_bytes = b"", "", "", 0
     if settlement.result is not None:
         value = rows.pack_result(settlement.result)
@@ -217,8 +213,11 @@ def settle(settlement: Settlement, events_before: int) -> Command[int]:
     if settlement.error is not None:
         error = rows.pack_error(settlement.error)
         exc = pack_exc(settlement.traceback or f"{type(settlement.error).__name__}: {settlement.error}")
-    args = [settlement.job_id, settlement.attempt, settlement.outcome.value, events_before]
-    return Command("settle", [*args, int(settlement.permanent), value, error, exc, text_bytes], int)
+    args: list[Any] = [settlement.job_id, settlement.attempt, settlement.outcome.value, int(settlement.permanent)]
+    args += [value, error, exc, text_bytes, last_words.first if last_words else 0]
+    for event in last_words.events if last_words else ():
+        args += logs.pack_event(event)
+    return Command("settle", args, int)
 
 
 def release(job_id: str, attempt: int) -> Command[int]:

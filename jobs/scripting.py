@@ -54,8 +54,7 @@ class Command(Generic[T]):
 
 @functools.cache
 def scripts() -> Mapping[str, Script]:
-    """All scripts by name, in the order in which they are to be loaded: publishing must never be there later than
-    settling, or a pipeline that meets a server without scripts could settle a job before its last words."""
+    """All scripts by name."""
     names = sorted(path.stem for path in FOLDER.glob("*.lua"))
     return {name: build(name, (FOLDER / f"{name}.lua").read_text(encoding="utf-8")) for name in names}
 

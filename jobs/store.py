@@ -182,27 +182,27 @@ class Store:
     def report(
         self, publications: Sequence[Publication], settlements: Sequence[Settlement], wanted: Wanted | None = None
     ) -> Reported:
-        """Write events and ends in one pipeline, the events of a job before its end; then claim what is ``wanted``, or
-        hear whether jobs wait."""
-        logged = {each.job_id: each.first + len(each.events) for each in publications}
-        parts = [publications[i : i + PART] for i in range(0, len(publications), PART)]
-        settles = [commands.settle(each, logged.get(each.job_id, 0)) for each in settlements]
+        """Write events and ends in one pipeline, the last events of a job with its end; then claim what is ``wanted``,
+        or hear whether jobs wait.
+
+        Args:
+            publications: one of an attempt, at most.
+        """
+        last = {(each.job_id, each.attempt): each for each in publications} if settlements else {}
+        settles = [commands.settle(each, last.pop((each.job_id, each.attempt), None)) for each in settlements]
+        others = [*last.values()] if settlements else publications
+        parts = [others[i : i + PART] for i in range(0, len(others), PART)]
         batch: list[Command[Any]] = [*map(commands.publish, parts), *settles]
         if wanted is not None:
             batch.append(commands.claim(wanted, self._settings))
         elif self._card is not None and self._card.model is not None:
             batch.append(commands.waiting(self._card.model))
         answers = self._runner.answers(batch) if batch else []
-        ends = answers[len(parts) : len(parts) + len(settles)]
-        early = [i for i, answer in enumerate(ends) if answer == commands.TOO_EARLY]
-        if early:  # the server had lost one script of two
-            for i, answer in zip(early, self._runner.answers([settles[i] for i in early]), strict=True):
-                ends[i] = answer
+        said = len(parts) + len(settles)
         told: dict[int, list[str]] = {}
-        codes = [*itertools.chain.from_iterable(answers[: len(parts)]), *ends]
-        ids = [each.job_id for each in publications] + [each.job_id for each in settlements]
-        for job_id, code in zip(ids, codes, strict=True):
-            told.setdefault(code, []).append(job_id)
+        codes = [*itertools.chain.from_iterable(answers[: len(parts)]), *answers[len(parts) : said]]
+        for each, code in zip([*others, *settlements], codes, strict=True):
+            told.setdefault(code, []).append(each.job_id)
         with_dependents = tuple(told.get(commands.HAS_DEPENDENTS, ()))
         if with_dependents:
             self._release_dependents()
@@ -211,7 +211,7 @@ class Store:
             cancels=frozenset(told.get(commands.CANCEL_WANTED, ())),
             watched=frozenset(told.get(commands.WATCHED, ())),
             with_dependents=with_dependents,
-            waiting=wanted is None and len(answers) > len(parts) + len(settles) and answers[-1] > 0,
+            waiting=wanted is None and len(answers) > said and answers[-1] > 0,
             claim=None if wanted is None else self._read_claim(answers[-1], wanted),
         )
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import redis
 
 from core.errors import EngineError
-from core.request import Choice
+from core.request import Choice, TokenEvent
 from jobs import commands, keys
 from jobs.job import JobState, Resume
+from jobs.reports import LoggedEvent
 from jobs.store import ClaimedJob, Outcome, Publication, Settlement
 from tests.jobs_world import ended, failed
 from tests.model_house import CARDS
@@ -60,9 +62,9 @@ def _waits_reaped(view: View) -> bool:
     return view.job.state is S.QUEUED and "closed" not in view.fields
 
 
-def _leaves_a_hole(world: World, said: Publication) -> bool:
+def _leaves_a_hole(world: World, said: Publication, *ends: Settlement) -> bool:
     try:
-        world.store.report([said], [])
+        world.store.report([said], ends)
     except redis.ResponseError as error:
         return "leaves a hole" in str(error)
     return False
@@ -83,27 +85,30 @@ def end(world: World, job: ClaimedJob) -> None:
     if view.number("retries_left") and world.chance(0.6):
         outcome = Outcome.FAILED
     error = pick.choice([None, EngineError("again"), EngineError("again")])
-    log, whole = list(view.log), world.chance(0.7)
+    same, state = view.job.attempt == job.attempt, view.job.state
+    first = view.log[-1].number + 1 if view.log and same else job.next_event
+    words = [world.speech(job, view.number("tokens"), first, pick.randint(1, 3))] if world.chance(0.4) else []
+    log, whole = [*view.log, *(_logged(each) for said in words for each in said.events)], world.chance(0.7)
     answer = answer_of(log if whole else [])
     if view.job.resume is Resume.ANY and whole and world.chance(0.5):  # as long, and not what was published
         answer = dataclasses.replace(answer, choices=tuple(map(_in_other_words, answer.choices)))
     settlement = failed(job, error) if outcome is Outcome.FAILED else ended(job, outcome, answer)
-    same, state = view.job.attempt == job.attempt, view.job.state
     settled = same and view.fields.get("settled") == str(job.attempt)
     counts = same and not settled and (state is S.RUNNING or (_waits_reaped(view) and outcome is Outcome.SUCCEEDED))
-    if counts and world.chance(0.1):  # the server lost the script that was to publish its last words
-        early = commands.settle(settlement, view.number("events") + 1)
-        assert world.store._runner.run(early) == commands.TOO_EARLY
+    if counts and words and world.chance(0.2):
+        assert _leaves_a_hole(world, dataclasses.replace(words[0], first=first + 3), settlement)
     worker, told = view.job.worker or "", _told_to_rq(world, view.job.worker)
     dependents = counts and world.client.exists(f"{keys.JOB}{job.id}:dependents")
     for number in range(pick.choice((1, 2, 3))):
-        reported = world.store.report([], [settlement])
+        reported = world.store.report(words, [settlement])
         refused = job.id in reported.refused
         assert refused != (counts or settled), f"{outcome} of {job.id} refused: {refused}"
         assert number or view.number("retries_left") or bool(reported.with_dependents) == bool(dependents)
     if job.id not in world.touched:
         _judge_told(told, _told_to_rq(world, worker), outcome if counts and worker else None)
     after = world.look(job.id)
+    said = sum(len(event.token_ids) for each in words for event in each.events) if counts else 0
+    assert after.number("tokens") == view.number("tokens") + said
     if not counts:
         assert after.job.state is state or job.id in world.by_rq, f"{job.id}: {state}, {after.job.state} for nothing"
     elif view.number("retries_left") and error and outcome is Outcome.FAILED and not view.job.cancel_requested:
@@ -111,7 +116,12 @@ def end(world: World, job: ClaimedJob) -> None:
         assert after.fields["status"] == ("queued" if view.number("retries_left") == 2 else "scheduled")
         assert after.facts.places >= {"scheduled"} or stands_where_it_should(world, after)
     else:
-        _judge_end(world, after, view, settlement)
+        _judge_end(world, after, log, settlement, cancelled=view.job.cancel_requested)
+
+
+def _logged(event: TokenEvent) -> LoggedEvent:
+    """A token event as a log's reader sees it, as far as ``answer_of`` looks."""
+    return LoggedEvent(number=0, type="token", fields={"index": event.index, "text": event.text})
 
 
 def _in_other_words(choice: Choice) -> Choice:
@@ -136,7 +146,9 @@ def _judge_told(
         assert (0 < after[2] - before[2] < 1_000) if outcome else after[2] == before[2], f"{outcome}: {before}, {after}"
 
 
-def _judge_end(world: World, after: View, view: View, settlement: Settlement) -> None:
+def _judge_end(
+    world: World, after: View, log: Sequence[LoggedEvent], settlement: Settlement, *, cancelled: bool
+) -> None:
     outcome, status, kept = settlement.outcome, after.fields["status"], after.kept
     [(_, entry)] = world.client.xrevrange(f"{keys.RESULTS}{after.job.id}", count=1)
     assert entry[b"type"] == {"finished": b"1", "failed": b"2"}.get(status, b"3"), f"{status}, for RQ {entry[b'type']}"
@@ -150,7 +162,7 @@ def _judge_end(world: World, after: View, view: View, settlement: Settlement) ->
         )
     assert after.fields.get("ticket") != "0"
     assert after.job.state == outcome.value, f"{outcome}, and is {after.job.state}"
-    assert (after.fields["status"] == "stopped") == (outcome is Outcome.CANCELLED and not view.job.cancel_requested)
+    assert (after.fields["status"] == "stopped") == (outcome is Outcome.CANCELLED and not cancelled)
     assert after.job.attempt == settlement.attempt
     if settlement.error:
         assert (after.job.error or {})["code"] == settlement.error.code
@@ -158,10 +170,10 @@ def _judge_end(world: World, after: View, view: View, settlement: Settlement) ->
     assert settlement.result is not None
     found, said = after.job.result or {}, settlement.result.to_wire()
     assert [each["text"] for each in found["choices"]] == [each["text"] for each in said["choices"]]
-    whole = settlement.result.choices == answer_of(view.log).choices
-    if outcome is Outcome.SUCCEEDED and whole and after.job.resume is not Resume.ANY and view.drawn:
-        log = world.client.hget(f"{keys.JOB}{after.job.id}", "log")
-        assert log[:1] == b"R", "the texts are kept twice"
+    whole = settlement.result.choices == answer_of(log).choices
+    if outcome is Outcome.SUCCEEDED and whole and after.job.resume is not Resume.ANY and after.drawn:
+        packed = world.client.hget(f"{keys.JOB}{after.job.id}", "log")
+        assert packed[:1] == b"R", "the texts are kept twice"
 
 
 def zombie(world: World) -> None:

@@ -49,7 +49,7 @@ def test_a_job_that_others_wait_for_is_kept_until_they_were_told(
     if others_wait:
         queue.enqueue("headrace.generate", WIRE, depends_on=first)
     [job] = take(store)
-    store._runner.run(commands.settle(done(job), 0))
+    store._runner.run(commands.settle(done(job)))
 
     asked = (60 if others_wait else NOT_THERE) if seconds == 0 else seconds
     assert asked - 1 <= valkey.ttl(f"{keys.JOB}{first.id}") <= asked

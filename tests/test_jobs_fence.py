@@ -157,14 +157,19 @@ def test_events_that_are_there_are_skipped_and_holes_are_our_bug(store: Store) -
         store.report([say(job, 9, first=7)], [])
 
 
-def test_a_settlement_waits_for_the_events_before_it(store: Store, valkey: redis.Redis) -> None:
-    """A server that lost the publishing script only would otherwise end the job before its last words."""
+def test_the_last_words_of_an_attempt_come_with_its_end_or_not_at_all(store: Store) -> None:
     add(store, "a")
     [job] = take(store)
-    assert store._runner.run(commands.settle(done(job), 2)) == commands.TOO_EARLY
+    with pytest.raises(redis.ResponseError, match="leaves a hole"):
+        store.report([say(job, 9, first=7)], [done(job)])
     assert store.get("a").state is S.RUNNING
-    store.report([say(job, 1)], [done(job)])
+    store.report([say(job, 1)], [])
+    store.report([say(job, 1, 2)], [done(job, "w1 w2 ", 1, 2)])
     assert store.get("a").state is S.SUCCEEDED
+    assert store.get("a").tokens_generated == 2
+    assert text_of(store.events("a")) == "w1 w2 "
+    store.report([say(job, 1, 2, 3)], [done(job)])
+    assert text_of(store.events("a")) == "w1 w2 "
 
 
 @pytest.mark.parametrize("outcome", Outcome)

@@ -112,7 +112,7 @@ MUTANTS = {
     "noting whatever is said": Mutant("note", "or (state ~= 'delivered' and tonumber(attempts) ~= attempt)", ""),
     "promoting what is not scheduled": Mutant("promote", "if job and job.status == 'scheduled' then", "if job then"),
     "publishing without a fence": Mutant("publish", "if not job or job.attempt ~= attempt then", "if not job then"),
-    "publishing twice": Mutant("publish", "if number >= job.events then", "if true then"),
+    "publishing twice": Mutant("lib/log", "if number >= job.events then", "if true then"),
     "nobody hears of a reader": Mutant("publish", "job.watched and 5 or 1", "1"),
     "reaping what others hold": Mutant(
         "reap", "job.status == 'started' and job.attempt == tonumber(attempt)", "true"

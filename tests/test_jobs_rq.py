@@ -189,7 +189,7 @@ def test_dependents_follow_even_when_the_worker_dies_in_between(
     assert job.id == second.id
     from jobs import commands
 
-    store._runner.run(commands.settle(done(job), 0))  # and dies before it can release what waits
+    store._runner.run(commands.settle(done(job)))  # and dies before it can release what waits
     assert take(store) == []
     store.promote()  # any worker's next tick
 

@@ -78,12 +78,6 @@ def test_events_are_written_before_the_end_even_when_one_script_is_lost(store: S
     assert audit(valkey) == []
 
 
-def test_publishing_is_loaded_before_settling() -> None:
-    order = list(scripts())
-
-    assert order.index("publish") < order.index("settle")
-
-
 @pytest.mark.parametrize("kill_hard", [True, False])
 def test_a_restarted_server_has_every_job_that_was_answered(own_valkey: Server, kill_hard: bool) -> None:
     store = Store(settings(own_valkey.url))

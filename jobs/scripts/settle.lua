@@ -1,9 +1,8 @@
 #!lua flags=allow-oom
--- End an attempt. ARGV: ttl, id, attempt, outcome, events that must be logged first, permanent (1 or 0), return value,
--- error, RQ's exc_string ('' for none), bytes of the value's texts. Answers 1 done, 3 done and others depend on it, 2 was done before,
--- 0 refused: not the job's attempt, -1 refused for now: events are missing.
-local id, attempt, outcome, wanted = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
-local permanent = ARGV[6] == '1'
+-- End an attempt. ARGV: ttl, id, attempt, outcome, permanent (1 or 0), return value, error, RQ's exc_string ('' for none),
+-- bytes of the value's texts, number of the first of the last events (0 where there are none), these as in publish.lua.
+-- Answers 1 done, 3 done and others depend on it, 2 was done before, 0 refused: not the job's attempt.
+local id, attempt, outcome, permanent, first = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5] == '1', tonumber(ARGV[10])
 local function given(i) return ARGV[i] ~= '' and ARGV[i] or nil end
 local job = load(id)
 if not job or job.attempt ~= attempt then
@@ -18,7 +17,8 @@ if job.status ~= 'started' and not late then
   drop(id, attempt)
   return 0
 end
-if job.events < wanted then return -1 end
+if first > job.events then return hole(job, first) end
+append(id, job, attempt, first, 11, #ARGV)
 local key, member = K.job .. id, id .. ':' .. attempt
 local worker = job.worker_name
 local began = call('HGET', K.execution .. member, 'created_at')
@@ -43,7 +43,7 @@ if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ 
   end
   return 1
 end
-local how = {value = given(7), error = given(8), exc = given(9), text_bytes = tonumber(given(10)), attempt = attempt}
+local how = {value = given(6), error = given(7), exc = given(8), text_bytes = tonumber(given(9)), attempt = attempt}
 if outcome == 'expired' then how.reason, how.exc = 'deadline', EXC.deadline end
 if outcome == 'cancelled' and not job.cancel_requested then how.status = 'stopped' end -- RQ's send_stop_job_command
 return finish(id, job, outcome, how) and 3 or 1

@@ -8,6 +8,41 @@ local function log(id, job, ...)
   job.events = job.events + 1
 end
 
+-- Append the token events from ARGV[at] to ARGV[last], of each its text, ids, index and log-probabilities; the first has the
+-- number `first`, and what is there already is skipped. What somebody reads along is read.
+local function append(id, job, attempt, first, at, last)
+  local number, tokens, bytes, first_token = first, 0, 0, nil
+  for i = at, last, 4 do
+    if number >= job.events then
+      local text, ids, index, logprobs = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+      local entry = {'t', text}
+      if ids ~= '' then
+        entry[3], entry[4] = 'i', ids
+        local _, spaces = string.gsub(ids, ' ', '')
+        tokens = tokens + spaces + 1
+      end
+      if index ~= '0' then entry[#entry + 1] = 'x'; entry[#entry + 1] = index end
+      if logprobs ~= '' then entry[#entry + 1] = 'l'; entry[#entry + 1] = logprobs end
+      first_token, bytes = first_token or number, bytes + #text
+      log(id, job, unpack(entry))
+    end
+    number = number + 1
+  end
+  if not first_token then return end
+  local change = {'published_attempt', attempt}
+  if job.tokens == 0 then
+    change = {'published_attempt', attempt, 'first_token', first_token, 'first_token_at', string.format('%.3f', NOW_US / 1000)}
+  end
+  if job.watched then change[#change + 1] = 'read'; change[#change + 1] = 1 end
+  job.tokens, job.text_bytes = job.tokens + tokens, job.text_bytes + bytes
+  call('HSET', K.job .. id, 'events', job.events, 'tokens', job.tokens, 'text_bytes', job.text_bytes, unpack(change))
+end
+
+-- A bug of ours, or a server that lost what it had said was written.
+local function hole(job, first)
+  return redis.error_reply('ERR headrace: event ' .. first .. ' leaves a hole after ' .. job.events)
+end
+
 -- Numbers, a space between them, each as a varint; and how many they are.
 local function varints(numbers)
   local pieces, bytes, length, count = {}, {}, 0, 0
