@@ -248,6 +248,11 @@ def promote() -> Command[tuple[int, bool]]:
     return Command("promote", [SWEEP], lambda answer: (answer[0], bool(answer[1])))
 
 
+def dependents_wait() -> Command[tuple[int, bool]]:
+    """Of how many ended jobs RQ's code has yet to release what waits for them, and whether there are any."""
+    return Command("SCARD", [keys.DEPENDENTS], lambda count: (count, count > 0))
+
+
 def _move(name: str, job_id: str, problem: str) -> Command[Job]:
     return Command(name, [job_id], lambda answer: _moved(answer, job_id, problem))
 

@@ -13,7 +13,7 @@ import redis
 import redis.asyncio
 from redis.exceptions import NoScriptError, ResponseError
 
-from jobs.connection import explain
+from jobs.connection import explain, explained
 from jobs.line import Line
 from jobs.pulse import Pulse
 from jobs.scripting import Command, scripts
@@ -46,10 +46,20 @@ class Runner:
         Raises:
             StoreError: the first fault; commands behind it may have run.
         """
-        try:
-            return self._answers(commands, tail)
-        except (redis.RedisError, OSError) as error:
-            raise explain(error) from error
+        with explained():
+            return _checked(self._loaded_answers(commands, tail))
+
+    def run_with(self, command: Command[T], others: Sequence[Sequence[Any]]) -> tuple[T, list[Any]]:
+        """Run one command, and bare Redis commands behind it in the same round trip; an error of theirs is an answer.
+
+        Raises:
+            StoreError: Redis' fault, be it one command's own; and whatever the command's decoding raises.
+        """
+        bare = [Command(words[0], words[1:], _same) for words in others]
+        with explained():
+            answer, *rest = self._loaded_answers([command, *bare], ())
+            [answer] = _checked([answer])
+        return command.decode(answer), rest
 
     def load(self) -> None:
         """Give the server all scripts."""
@@ -58,14 +68,15 @@ class Runner:
                 pipeline.script_load(script.text)
             pipeline.execute()
 
-    def _answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
+    def _loaded_answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
+        """With errors in their places; scripts that the server lost are loaded and called again."""
         answers = self._send(commands, tail)
         missing = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
         if missing:
             self.load()
             again = self._send([commands[i] for i in missing], tail, whole=True)
             _fill(answers, missing, again, bool(tail))
-        return _checked(answers)
+        return answers
 
     def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any], *, whole: bool = False) -> list[Any]:
         words = [_words(command, self._keep, whole=whole) for command in commands]
@@ -141,6 +152,10 @@ class AsyncRunner:
     async def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any], *, whole: bool = False) -> list[Any]:
         words = [_words(command, self._keep, whole=whole) for command in commands]
         return await self._line.ask([*words, tail] if tail else words)
+
+
+def _same(answer: Any) -> Any:
+    return answer
 
 
 def _words(command: Command[Any], keep_seconds: int, *, whole: bool = False) -> list[Any]:

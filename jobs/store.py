@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -13,6 +14,7 @@ from core.card import ModelCard
 from core.request import Emitted, Kind
 from jobs import commands, keys
 from jobs.arrivals import read_claim
+from jobs.batch import Batch
 from jobs.connection import connect, explain, explained, judge
 from jobs.dependents import release_dependents
 from jobs.durable import WAITS, check_on_disk
@@ -31,7 +33,6 @@ __all__ = [
     "ServerReport", "Settlement", "Store", "Submitted", "Wanted", "WorkerCard",
 ]  # fmt: skip
 
-PART = 64  #: jobs whose events one call of the script appends
 MOST_ROUNDS = 20  #: calls of one tick, each of bounded work
 
 
@@ -154,13 +155,24 @@ class Store:
         self._card = card
         self._runner.run(commands.birth(card, self._settings))
 
-    def renew(self, worker: str, state: str, running: Mapping[str, int], stats: Wire) -> Beat:
+    def renew(
+        self,
+        worker: str,
+        state: str,
+        running: Mapping[str, int],
+        stats: Wire,
+        *,
+        aside: Sequence[Sequence[Any]] = (),
+    ) -> Beat:
         """Renew the lease, and hear what became of our jobs.
 
         Args:
             running: job id -> attempt of every job this worker knows, those with unsent settlements included.
+            aside: bare Redis commands to send along; an error is an answer.
         """
-        return self._runner.run(commands.renew(worker, state, running, stats, self._card, self._settings))
+        command = commands.renew(worker, state, running, stats, self._card, self._settings)
+        beat, answers = self._runner.run_with(command, aside)
+        return dataclasses.replace(beat, aside=answers)
 
     def death(self, worker: str) -> None:
         """Give the lease up; release the jobs first."""
@@ -182,38 +194,19 @@ class Store:
     def report(
         self, publications: Sequence[Publication], settlements: Sequence[Settlement], wanted: Wanted | None = None
     ) -> Reported:
-        """Write events and ends in one pipeline, the last events of a job with its end; then claim what is ``wanted``,
-        or hear whether jobs wait.
-
-        Args:
-            publications: one of an attempt, at most.
-        """
-        last = {(each.job_id, each.attempt): each for each in publications} if settlements else {}
-        settles = [commands.settle(each, last.pop((each.job_id, each.attempt), None)) for each in settlements]
-        others = [*last.values()] if settlements else publications
-        parts = [others[i : i + PART] for i in range(0, len(others), PART)]
-        batch: list[Command[Any]] = [*map(commands.publish, parts), *settles]
-        if wanted is not None:
-            batch.append(commands.claim(wanted, self._settings))
-        elif self._card is not None and self._card.model is not None:
-            batch.append(commands.waiting(self._card.model))
-        answers = self._runner.answers(batch) if batch else []
-        said = len(parts) + len(settles)
-        told: dict[int, list[str]] = {}
-        codes = [*itertools.chain.from_iterable(answers[: len(parts)]), *answers[len(parts) : said]]
-        for each, code in zip([*others, *settlements], codes, strict=True):
-            told.setdefault(code, []).append(each.job_id)
-        with_dependents = tuple(told.get(commands.HAS_DEPENDENTS, ()))
-        if with_dependents:
+        """Write events and ends in one pipeline; then claim what is ``wanted``, or hear whether jobs wait."""
+        batch = Batch(publications, settlements)
+        last: list[Command[Any]] = [commands.claim(wanted, self._settings)] if wanted else []
+        if wanted is None and self._card is not None and self._card.model is not None:
+            last = [commands.waiting(self._card.model)]
+        answers = self._runner.answers([*batch.commands, *last]) if batch.commands or last else []
+        said, heard = answers[: len(batch.commands)], answers[len(batch.commands) :]
+        reported = batch.read(said)
+        if reported.with_dependents:
             self._release_dependents()
-        return Reported(
-            refused=frozenset(told.get(commands.REFUSED, ())),
-            cancels=frozenset(told.get(commands.CANCEL_WANTED, ())),
-            watched=frozenset(told.get(commands.WATCHED, ())),
-            with_dependents=with_dependents,
-            waiting=wanted is None and len(answers) > said and answers[-1] > 0,
-            claim=None if wanted is None else self._read_claim(answers[-1], wanted),
-        )
+        if wanted is not None:
+            return dataclasses.replace(reported, claim=self._read_claim(heard[0], wanted))
+        return dataclasses.replace(reported, waiting=any(count > 0 for count in heard))
 
     def release(self, jobs: Iterable[tuple[str, int]]) -> None:
         """Hand jobs (id, attempt) back to the front of the queue, with their tokens; the first one ends up first."""
@@ -238,6 +231,14 @@ class Store:
         promoted = self._rounds(commands.promote())
         self._release_dependents()
         return promoted
+
+    def tend(self) -> None:
+        """Reap, expire and promote; in one round trip where there is little to do."""
+        first = [commands.reap(self._settings), commands.expire(), commands.promote(), commands.dependents_wait()]
+        more = [command.decode(answer)[1] for command, answer in zip(first, self._runner.answers(first), strict=True)]
+        rest: list[Callable[[], object]] = [self.reap, self.expire, self.promote, self._release_dependents]
+        for go_on in itertools.compress(rest, more):
+            go_on()
 
     def wait(self, timeout_seconds: float) -> bool:
         """Block until a job may be there, for two seconds at most; False when none came."""

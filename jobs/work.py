@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from core.card import ModelCard
 from core.errors import HeadraceError, RequestError
@@ -102,6 +103,7 @@ class Beat:
     cancels: tuple[str, ...] = ()  #: jobs somebody wants ended
     suspended: bool = False  #: by ``rq suspend``: claim nothing
     unknown: tuple[tuple[str, int], ...] = ()  #: job id, attempt: claimed by a call whose reply was lost; release them
+    aside: Sequence[Any] = ()  #: what was answered to the commands sent along
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

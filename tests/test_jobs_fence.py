@@ -131,7 +131,7 @@ def test_a_late_result_counts_while_nobody_has_claimed_the_job_again(store: Stor
 
 
 def test_each_job_of_a_report_is_judged_by_itself(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.store.PART", 3)
+    monkeypatch.setattr("jobs.batch.PART", 3)
     jobs = [take(store)[0] for job_id in "abcdefg" if add(store, job_id)]
     store.release([("b", 1)])
     take(store)

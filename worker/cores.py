@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 CGROUP = Path("/sys/fs/cgroup")
 
 
+@functools.cache
 def read_boot_id() -> str:
     """What this host is called by all its containers; empty where there is no such thing."""
     return _read(BOOT_ID)

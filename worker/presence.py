@@ -65,8 +65,8 @@ class Presence:
             holding: job id -> attempt, of all that is computed here or waits to be settled.
             stats: the counters for ``/metrics``.
         """
-        beat = self._store.renew(self.name, state, holding, stats)
-        self._rq.beat(state)
+        beat = self._store.renew(self.name, state, holding, stats, aside=self._rq.words(state))
+        self._rq.hear(beat.aside)
         if beat.unknown:
             self._store.release(beat.unknown)
         self._shown, self.suspended = state, beat.suspended

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +61,19 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
             with explained():
                 self.subscribe()
 
-    def beat(self, state: str) -> None:
-        """Say that we live and what we do, in one round trip; appear again if we were taken for dead."""
-        with explained(), self.connection.pipeline(transaction=False) as pipeline:
-            self.heartbeat(pipeline=pipeline)
-            self.set_state(STATES.get(state, WorkerStatus.SUSPENDED), pipeline=pipeline)
-            pipeline.hexists(self.key, "birth")
-            pipeline.sismember(self.redis_workers_keys, self.key)
-            # A full memory refuses RQ's words, and that is no outage: it takes all of ours.
-            *_, born, listed = pipeline.execute(raise_on_error=False)
+    def words(self, state: str) -> list[Sequence[Any]]:
+        """The Redis commands that say that we live and what we do, and ask whether RQ knows us; for ``hear``."""
+        pipeline: Any = self.connection.pipeline(transaction=False)
+        self.heartbeat(pipeline=pipeline)
+        self.set_state(STATES.get(state, WorkerStatus.SUSPENDED), pipeline=pipeline)
+        pipeline.hexists(self.key, "birth")
+        pipeline.sismember(self.redis_workers_keys, self.key)
+        return [args for args, _ in pipeline.command_stack]
+
+    def hear(self, answers: Sequence[Any]) -> None:
+        """Appear again if we were taken for dead. A full memory refuses RQ's words, and that is no outage: it takes all
+        of ours."""
+        *_, born, listed = answers
         if not (born and listed):
             self._appear()
 

@@ -33,7 +33,5 @@ class Upkeep:
         """
         if not self._every.due():
             return None
-        self._store.reap()
-        self._store.expire()
-        self._store.promote()
+        self._store.tend()
         return self._share.adjust()

@@ -14,12 +14,13 @@ end
 for i = 7, #ARGV do
   local id, attempt = string.match(ARGV[i], '^(.*):(%d+)$')
   known[ARGV[i]] = true
-  local job = load(id)
-  if not job or job.status ~= 'started' or job.attempt ~= tonumber(attempt) then
+  local seen = call('HMGET', K.job .. id, 'status', 'attempt', 'cancel_requested') -- mostly that is all there is to know
+  if seen[1] ~= 'started' or seen[2] ~= attempt then
+    local job = load(id)
     if job then note_end(id, job) end
     drop(id, attempt, worker)
     lost[#lost + 1] = id
-  elseif job.cancel_requested then
+  elseif seen[3] then
     cancels[#cancels + 1] = id
   end
 end
