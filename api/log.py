@@ -20,6 +20,9 @@ def gather(level: str) -> None:
     lines.setFormatter(logging.Formatter(FORMAT))
     _gathered.append(MemoryHandler(MOST, flushLevel=logging.WARNING, target=lines))
     logging.basicConfig(level=level.upper(), handlers=_gathered)
+    # What FORMAT does not say need not be found out for each line ("Optimization" in Python's logging HOWTO).
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # documented there
 
 
 def write() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -50,7 +50,7 @@ class Observe:
 
 def name_request(sent: str) -> str:
     """The client's own request id if it is a sane one, else a new one."""
-    return sent if _REQUEST_ID.fullmatch(sent) else f"req_{uuid.uuid4().hex}"
+    return sent if _REQUEST_ID.fullmatch(sent) else f"req_{secrets.token_hex(16)}"
 
 
 class _Answer:

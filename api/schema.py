@@ -188,7 +188,7 @@ class JobFields(Body):
         """
         return Request.from_wire(self.model_dump(include=set(FIELDS), exclude_unset=True))
 
-    def to_new_job(self, job_id: str, request: Request, *, result_ttl_seconds: int) -> NewJob:
+    def to_new_job(self, job_id: str, request: Request, *, result_ttl_seconds: int, awaited: bool) -> NewJob:
         """The job to submit; ``request`` is ours with the model's name settled.
 
         Raises:
@@ -205,6 +205,7 @@ class JobFields(Body):
             result_ttl_seconds=self.result_ttl_seconds or result_ttl_seconds,
             metadata=self.metadata,
             webhook=self.webhook.url if self.webhook else None,
+            awaited=awaited,
         )
 
 

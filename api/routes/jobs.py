@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
+import secrets
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Query
@@ -33,7 +33,7 @@ ABody = described(GenerateBody, PredictBody)
 @router.post("", openapi_extra=ABody, status_code=202)
 async def submit(here: Here, body: AJob, prefer: Prefer = "") -> Response:
     """Put a job into the queue; 202 means it is on disk."""
-    return await _submit(here, body, f"job_{uuid.uuid4().hex}", prefer)
+    return await _submit(here, body, f"job_{secrets.token_hex(16)}", prefer)
 
 
 @router.put("/{job_id}", openapi_extra=ABody, status_code=202)
@@ -88,11 +88,12 @@ async def delete(here: Here, job_id: Id) -> Response:
 async def _submit(here: Context, body: GenerateBody | PredictBody, job_id: str, prefer: str) -> Response:
     _refuse_uncallable(here, body)
     asked = body.to_request()
-    request = dataclasses.replace(asked, model=await here.fleet.settle(asked.model))
+    model = await here.fleet.settle(asked.model)
+    request = asked if model == asked.model else dataclasses.replace(asked, model=model)
     await here.fleet.refuse_unable(request)
-    new = body.to_new_job(job_id, request, result_ttl_seconds=here.settings.result_ttl_seconds)
     preference = read_prefer(prefer, here.settings.max_wait_seconds)
-    submitted = await here.store.submit(dataclasses.replace(new, awaited=preference.wait_seconds > 0))
+    keep, awaited = here.settings.result_ttl_seconds, preference.wait_seconds > 0
+    submitted = await here.store.submit(body.to_new_job(job_id, request, result_ttl_seconds=keep, awaited=awaited))
     job = submitted.job
     if not submitted.created and not _same(job.request, asked):
         raise IdReused(job_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import uuid
+import secrets
 
 from fastapi import APIRouter
 from starlette.responses import Response
@@ -31,8 +31,9 @@ async def predict(here: Here, body: AText) -> Response:
     request = dataclasses.replace(asked, priority=body.priority)
     if here.held.full:
         raise TooManyStreams(here.held.limit)
-    new = NewJob(id=f"job_{uuid.uuid4().hex}", request=request, result_ttl_seconds=here.settings.result_ttl_seconds)
-    submitted = await here.store.submit(dataclasses.replace(new, awaited=True))
+    keep = here.settings.result_ttl_seconds
+    new = NewJob(id=f"job_{secrets.token_hex(16)}", request=request, result_ttl_seconds=keep, awaited=True)
+    submitted = await here.store.submit(new)
     seconds = here.settings.predict_wait_seconds
     job = await here.wait(new.id, seconds, seen=submitted.job)
     if job.state not in FINAL:
