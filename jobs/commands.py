@@ -155,8 +155,10 @@ def birth(card: WorkerCard, settings: StoreSettings) -> Command[int]:
 
 
 def renew(
-    worker: str, state: str, running: Mapping[str, int], stats: Wire, card: WorkerCard | None, settings: StoreSettings
+    worker: str, state: str, running: Mapping[str, int], stats: Wire, card: str, settings: StoreSettings
 ) -> Command[Beat]:
+    """Renew a lease; ``card`` is the worker's, packed, and shown again where it was swept. Empty: nothing is."""
+
     def decode(answer: Any) -> Beat:
         lost, cancels, suspended, unknown = answer
         return Beat(
@@ -167,8 +169,7 @@ def renew(
         )
 
     members = [f"{job_id}:{attempt}" for job_id, attempt in running.items()]
-    shown = rows.pack_card(card) if card else ""
-    args = [worker, _ms(settings.lease_seconds), state, json.dumps(stats), shown, *members]
+    args = [worker, _ms(settings.lease_seconds), state, json.dumps(stats), card, *members]
     return Command("renew", args, decode)
 
 

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import redis
 import redis.asyncio
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError
 
 from jobs.connection import explain, explained
-from jobs.line import Line
+from jobs.line import BlockingLine, Line
 from jobs.pulse import Pulse
 from jobs.scripting import Command, scripts
 
@@ -29,6 +29,7 @@ class Runner:
 
     def __init__(self, client: redis.Redis, keep_seconds: int) -> None:
         self.client = client
+        self._line = BlockingLine(client)
         self._keep = keep_seconds
 
     def run(self, command: Command[T]) -> T:
@@ -63,10 +64,11 @@ class Runner:
 
     def load(self) -> None:
         """Give the server all scripts."""
-        with self.client.pipeline(transaction=False) as pipeline:
-            for script in scripts().values():
-                pipeline.script_load(script.text)
-            pipeline.execute()
+        _checked(self._line.ask([("SCRIPT", "LOAD", script.text) for script in scripts().values()]))
+
+    def close(self) -> None:
+        self._line.close()
+        self.client.close()
 
     def _loaded_answers(self, commands: Sequence[Command[Any]], tail: Sequence[Any]) -> list[Any]:
         """With errors in their places; scripts that the server lost are loaded and called again."""
@@ -80,26 +82,7 @@ class Runner:
 
     def _send(self, commands: Sequence[Command[Any]], tail: Sequence[Any], *, whole: bool = False) -> list[Any]:
         words = [_words(command, self._keep, whole=whole) for command in commands]
-        pool = self.client.connection_pool
-        connection = pool.get_connection()
-        whole_answer = False
-        try:  # as a pipeline of the client does, with half of its work: workers call this at each step
-            connection.send_packed_command(connection.pack_commands([*words, tail] if tail else words))
-            answers = [_read(connection) for _ in range(len(words) + bool(tail))]
-            whole_answer = True
-        finally:
-            if not whole_answer:
-                connection.disconnect()  # nobody else may read what still comes
-            pool.release(connection)
-        return answers
-
-
-def _read(connection: Any) -> Any:
-    """The next answer, be it an error."""
-    try:
-        return connection.read_response()
-    except ResponseError as error:
-        return error
+        return self._line.ask([*words, tail] if tail else words)
 
 
 class AsyncRunner:

@@ -12,7 +12,7 @@ import redis
 from core.bounds import Wire
 from core.card import ModelCard
 from core.request import Emitted, Kind
-from jobs import commands, keys
+from jobs import commands, keys, rows
 from jobs.arrivals import read_claim
 from jobs.batch import Batch
 from jobs.connection import connect, explain, explained, judge
@@ -46,6 +46,7 @@ class Store:
         self._sleeper = Sleeper(settings.redis_url)
         self._memory = Lately(self._look_at_memory)
         self._card: WorkerCard | None = None
+        self._packed_card = ""
 
     @classmethod
     def connect(cls, settings: StoreSettings) -> Store:
@@ -57,7 +58,7 @@ class Store:
         return self._runner.client
 
     def close(self) -> None:
-        self._runner.client.close()
+        self._runner.close()
         self._sleeper.close()
 
     def inspect(self) -> ServerReport:
@@ -152,7 +153,7 @@ class Store:
 
     def birth(self, card: WorkerCard) -> None:
         """Take a lease and show the card; again with another card, the card is replaced."""
-        self._card = card
+        self._card, self._packed_card = card, rows.pack_card(card)
         self._runner.run(commands.birth(card, self._settings))
 
     def renew(
@@ -170,7 +171,7 @@ class Store:
             running: job id -> attempt of every job this worker knows, those with unsent settlements included.
             aside: bare Redis commands to send along; an error is an answer.
         """
-        command = commands.renew(worker, state, running, stats, self._card, self._settings)
+        command = commands.renew(worker, state, running, stats, self._packed_card, self._settings)
         beat, answers = self._runner.run_with(command, aside)
         return dataclasses.replace(beat, aside=answers)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from jobs import audit, commands, keys
+from jobs import audit, commands, keys, rows
 from jobs.job import FINAL, Job, JobState
 from jobs.reports import WorkerCard
 from jobs.scripting import Command
@@ -170,7 +170,7 @@ def _vanished(world: World, name: str) -> None:
 
 def _beat(world: World, name: str) -> Command[Beat]:
     card = WorkerCard(name=name, host="h", pid=1, model=CARDS[name])
-    return commands.renew(name, "busy", {}, {}, card, world.store._settings)
+    return commands.renew(name, "busy", {}, {}, rows.pack_card(card), world.store._settings)
 
 
 # -- places

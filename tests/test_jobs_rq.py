@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +21,7 @@ from core.errors import EngineError, ModelNotFound, RequestError, UnsupportedReq
 from core.request import Kind, Request
 from jobs import keys
 from jobs.job import JobState
-from jobs.rows import pack_request
+from jobs.rows import pack_request, read_request
 from jobs.store import Outcome, Store
 from tests.jobs_world import (
     OTHER,
@@ -107,12 +109,22 @@ def test_our_hash_is_what_rq_itself_would_have_written(store: Store, queue: Queu
     theirs = queue.enqueue("headrace.generate", Request(prompt="x").to_wire())
     ours = fetch(valkey, add(store).id)
 
-    assert pack_request(Request(prompt="x")) == valkey.hget(f"rq:job:{theirs.id}", "data")
+    data: Any = valkey.hget(f"rq:job:{theirs.id}", "data")
+    assert zlib.decompress(pack_request(Request(prompt="x"))) == zlib.decompress(data)
     assert (ours.func_name, ours.origin, ours.get_status()) == ("headrace.generate", "generate", "queued")
     assert ours.args[0]["input"] == {"prompt": "Once upon"}
     assert ours.created_at == ours.enqueued_at
     assert ours.timeout == -1
     assert queue.count == 2
+
+
+@pytest.mark.parametrize("length", [1, 3_000, 5_000, 200_000])
+def test_a_request_of_any_length_is_packed_as_small_as_rq_packs_it(length: int) -> None:
+    asked = Request(prompt="".join(random.Random(length).choices("abcdefgh ", k=length)))
+    packed = pack_request(asked)
+
+    assert read_request(packed) == asked
+    assert len(packed) <= 1.02 * len(zlib.compress(zlib.decompress(packed)))
 
 
 @pytest.mark.parametrize(
