@@ -52,6 +52,7 @@ DEADLINES = "headrace:deadlines"  #: zset of queued ids by deadline (millisecond
 RETENTION = "headrace:retention"  #: zset of ended ids by the time they are forgotten (milliseconds)
 DEAD = "headrace:dead"  #: zset of dead letters' ids by the time they died (milliseconds)
 WAKE = f"headrace:wake:{QUEUE}"  #: list, a token for each job that became ready; + .model: the same for one model
+ARRIVALS = "headrace:arrivals"  #: channel on which each of these is told, too: busy workers listen
 TICKETS = "headrace:tickets"  #: how many jobs ever joined the queue; + :urgent, :low: those of such a priority
 PASSED = "headrace:passed"  #: how many of those have left it, about: ticket - passed is a position; + as above
 TURNS = "headrace:turns"  #: hash model -> jobs claimed while others of another class waited, from 0 again after 20

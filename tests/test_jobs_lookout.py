@@ -49,6 +49,21 @@ def test_it_says_whether_jobs_wait_that_this_engine_may_take(store: Store, looko
     assert not hears(lookout)
 
 
+@pytest.mark.parametrize("meanwhile", ["nothing", "a talk"])
+def test_it_hears_of_an_arrival_unasked(store: Store, lookout: Lookout, meanwhile: str) -> None:
+    assert not any(lookout.jobs_wait(ask=False) for _ in range(3))
+    add(store, "a")
+    if meanwhile == "a talk":
+        assert lookout._ear.can_read(5)
+        lookout.prepare()
+    deadline = time.monotonic() + 5
+    while not lookout.jobs_wait(ask=False):
+        assert time.monotonic() < deadline
+    store.connection.config_resetstat()
+    assert not any(lookout.jobs_wait(ask=False) for _ in range(3))
+    assert "cmdstat_exists" not in store.connection.info("commandstats")
+
+
 def test_a_server_that_hangs_is_neither_waited_for_nor_asked_again(
     own_valkey: Server, store: Store, lookout: Lookout
 ) -> None:

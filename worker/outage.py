@@ -9,7 +9,7 @@ log = logging.getLogger("headrace.worker")
 
 FIRST_PAUSE_SECONDS = 0.05
 LONGEST_PAUSE_SECONDS = 0.5
-ASK_SECONDS = 0.1  #: a busy worker that has room asks so often whether jobs wait
+ASK_SECONDS = 0.5  #: a busy worker that has room asks so often whether jobs wait of which it did not hear
 
 
 class Outage:

@@ -3,6 +3,7 @@
 local function wake(list)
   call('LPUSH', list, 1)
   call('LTRIM', list, 0, 15)
+  call('PUBLISH', K.arrivals, '')
 end
 
 -- An id left the queue for good: everybody behind it moves up.
