@@ -199,7 +199,7 @@ def publish(publications: Sequence[Publication]) -> Command[list[int]]:
     """Append events of several jobs; a code for each."""
     args: list[Any] = []
     for each in publications:
-        args += [each.job_id, each.attempt, each.first, len(each.events)]
+        args += [each.job_id, each.attempt, each.first, each.age_ms, len(each.events)]
         for event in each.events:
             args += logs.pack_event(event)
     return Command("publish", args, list)
@@ -215,9 +215,11 @@ def settle(settlement: Settlement, last_words: Publication | None = None) -> Com
         error = rows.pack_error(settlement.error)
         exc = pack_exc(settlement.traceback or f"{type(settlement.error).__name__}: {settlement.error}")
     args: list[Any] = [settlement.job_id, settlement.attempt, settlement.outcome.value, int(settlement.permanent)]
-    args += [value, error, exc, text_bytes, last_words.first if last_words else 0]
-    for event in last_words.events if last_words else ():
-        args += logs.pack_event(event)
+    args += [value, error, exc, text_bytes]
+    if last_words is not None:
+        args += [last_words.first, last_words.age_ms]
+        for event in last_words.events:
+            args += logs.pack_event(event)
     return Command("settle", args, int)
 
 

@@ -64,6 +64,7 @@ class Publication:
     attempt: int
     first: int  #: number of the first one
     events: Sequence[TokenEvent]
+    age_ms: int = 0  #: since the attempt's first token was drawn; counts where that one is among these
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from core.errors import EngineError, HeadraceError
@@ -44,13 +45,15 @@ class Unpublished:
         """Somebody reads along, or is about to: with the first token."""
         return self.running.watched or (self.running.young and not self.running.published)
 
-    def publication(self) -> Publication:
+    def publication(self, now: float) -> Publication:
         """All that is to be sent."""
         running = self.running
+        age_ms = round(1000 * (now - (now if running.began_at is None else running.began_at)))
         self.events += merge(self.fresh)
         self.fresh = []
         running.next_event = self.first + len(self.events)
-        return Publication(job_id=running.job_id, attempt=running.attempt, first=self.first, events=[*self.events])
+        attempt, events = running.attempt, [*self.events]
+        return Publication(job_id=running.job_id, attempt=attempt, first=self.first, events=events, age_ms=age_ms)
 
     def confirm(self, count: int) -> None:
         """Redis has the first ``count``."""
@@ -85,7 +88,8 @@ def _join(events: Sequence[TokenEvent]) -> TokenEvent:
 class Outbox:
     """Publications and settlements on their way. Sending twice is safe: Redis skips what it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._unpublished: dict[str, Unpublished] = {}  # by job
         self._settlements: dict[str, Settlement] = {}
         self._urgent = False  # some of it is, and came after the last report was drawn
@@ -107,6 +111,8 @@ class Outbox:
         """Take the next token event of a job."""
         unpublished = self._unpublished.get(running.job_id)
         if unpublished is None:
+            if running.began_at is None:
+                running.began_at = self._clock()
             unpublished = self._unpublished[running.job_id] = Unpublished(running, running.next_event)
         unpublished.fresh.append(event)
         self._urgent = self._urgent or unpublished.urgent
@@ -140,14 +146,14 @@ class Outbox:
         self._settlements.pop(job_id, None)
 
     def draw(self, *, everything: bool) -> Report:
-        """What is to be said now: ends and what goes before them, urgent and first tokens, or ``everything``."""
+        """What is to be said now: ends and what goes before them, and urgent tokens; or ``everything``."""
         chosen = [
             each
             for job_id, each in self._unpublished.items()
-            if everything or each.urgent or not each.running.published or job_id in self._settlements
+            if everything or each.urgent or job_id in self._settlements
         ]
-        self._urgent = False
-        publications = [each.publication() for each in chosen]
+        self._urgent, now = False, self._clock()
+        publications = [each.publication(now) for each in chosen]
         counts = [(each, len(each.events)) for each in chosen]
         return Report(publications, list(self._settlements.values()), counts)
 

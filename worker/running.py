@@ -23,6 +23,7 @@ class Running:
     timeout_at: float  #: then it has failed
     timeout_seconds: float
     crashes: int = 0  #: workers that died of it, or beside it
+    began_at: float | None = None  #: when its first token was drawn
     published: int = 0  #: tokens of this attempt that Redis has
     watched: bool = False  #: somebody reads along
     young: bool = False  #: somebody may be about to

@@ -1,8 +1,8 @@
 #!lua flags=allow-oom
 -- End an attempt. ARGV: ttl, id, attempt, outcome, permanent (1 or 0), return value, error, RQ's exc_string ('' for none),
--- bytes of the value's texts, number of the first of the last events (0 where there are none), these as in publish.lua.
+-- bytes of the value's texts, and where there are last events: the number of the first, and the rest as in publish.lua.
 -- Answers 1 done, 3 done and others depend on it, 2 was done before, 0 refused: not the job's attempt.
-local id, attempt, outcome, permanent, first = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5] == '1', tonumber(ARGV[10])
+local id, attempt, outcome, permanent, first = ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5] == '1', tonumber(ARGV[10] or 0)
 local function given(i) return ARGV[i] ~= '' and ARGV[i] or nil end
 local job = load(id)
 if not job or job.attempt ~= attempt then
@@ -18,7 +18,7 @@ if job.status ~= 'started' and not late then
   return 0
 end
 if first > job.events then return hole(job, first) end
-append(id, job, attempt, first, 11, #ARGV)
+if ARGV[10] then append(id, job, attempt, first, tonumber(ARGV[11]), 12, #ARGV) end
 local key, member = K.job .. id, id .. ':' .. attempt
 local worker = job.worker_name
 local began = call('HGET', K.execution .. member, 'created_at')

@@ -9,8 +9,9 @@ local function log(id, job, ...)
 end
 
 -- Append the token events from ARGV[at] to ARGV[last], of each its text, ids, index and log-probabilities; the first has the
--- number `first`, and what is there already is skipped. What somebody reads along is read.
-local function append(id, job, attempt, first, at, last)
+-- number `first`, and what is there already is skipped. The attempt's first token was drawn `age` ms ago. What somebody reads
+-- along is read.
+local function append(id, job, attempt, first, age, at, last)
   local number, tokens, bytes, first_token = first, 0, 0, nil
   for i = at, last, 4 do
     if number >= job.events then
@@ -31,7 +32,8 @@ local function append(id, job, attempt, first, at, last)
   if not first_token then return end
   local change = {'published_attempt', attempt}
   if job.tokens == 0 then
-    change = {'published_attempt', attempt, 'first_token', first_token, 'first_token_at', string.format('%.3f', NOW_US / 1000)}
+    local drawn = string.format('%.3f', NOW_US / 1000 - age)
+    change = {'published_attempt', attempt, 'first_token', first_token, 'first_token_at', drawn}
   end
   if job.watched then change[#change + 1] = 'read'; change[#change + 1] = 1 end
   job.tokens, job.text_bytes = job.tokens + tokens, job.text_bytes + bytes
