@@ -72,7 +72,10 @@ def note(world: World) -> None:
 
 def resend(world: World) -> None:
     """A person has it sent again: under its id, at once, with all its tries."""
-    if not (job_id := world.any_id()) or job_id in world.touched:
+    told = [each.fields["job"] for each in records(world).values() if each.state != "pending"]
+    known = [job_id for job_id in told if job_id in world.ids]
+    job_id = world.random.choice(known) if known and world.chance(0.5) else world.any_id()
+    if not job_id or job_id in world.touched:
         return
     view, before = world.look(job_id), records(world)
     try:

@@ -144,21 +144,46 @@ def test_each_job_in_a_report_has_events_of_its_own(store: Store) -> None:
     assert said_by(store, "a") == said_by(store, "b") == [(1, fields(0, 1, 2))]
 
 
-def test_the_first_token_of_a_job_that_has_waited_goes_along_with_others_and_hurries_nobody(store: Store) -> None:
-    outbox, young = Outbox(), start(store, "young")
+def test_the_first_token_of_a_job_that_has_waited_goes_with_the_others_of_its_kind_and_says_when_it_was(
+    store: Store,
+) -> None:
+    now = [100.0]
+    outbox, young = Outbox(lambda: now[0]), start(store, "young")
     old = dataclasses.replace(start(store, "old"), young=False)
     put(outbox, old, 1)
     assert not outbox.pressing
     put(outbox, young, 1)
     assert outbox.pressing
     said = outbox.draw(everything=False)
-    assert {each.job_id for each in said.publications} == {"young", "old"}
+    assert {each.job_id for each in said.publications} == {"young"}
     store.report(said.publications, said.settlements)
     outbox.confirm(said)
+    now[0] += 0.7
     put(outbox, old, 2)
     put(outbox, young, 2)
-
     assert (outbox.pressing, outbox.draw(everything=False).publications) == (False, [])
+    said = outbox.draw(everything=True)
+    assert {each.job_id: each.age_ms for each in said.publications} == {"young": 700, "old": 700}
+    before, at = store.get("young").first_token_at, store.connection.time()
+    store.report(said.publications, said.settlements)
+
+    assert store.get("young").first_token_at == before
+    assert store.get("old").first_token_at == pytest.approx(at[0] + at[1] / 1e6 - 0.7, abs=0.2)
+
+
+def test_the_first_token_of_an_answer_that_is_said_at_its_end_says_when_it_was(store: Store) -> None:
+    now = [100.0]
+    outbox, running = Outbox(lambda: now[0]), dataclasses.replace(start(store, "a"), young=False)
+    put(outbox, running, 1)
+    now[0] += 0.5
+    outbox.finish(running, result("w1 ", 1))
+    said = outbox.draw(everything=False)
+    at = store.connection.time()
+    store.report(said.publications, said.settlements)
+
+    job = store.get("a")
+    assert (job.state, job.tokens_generated) == (JobState.SUCCEEDED, 1)
+    assert job.first_token_at == pytest.approx(at[0] + at[1] / 1e6 - 0.5, abs=0.2)
 
 
 class Unheard(Store):
