@@ -79,8 +79,9 @@ class PlainTransformers:
         return Run(seconds=time.perf_counter() - start, tokens=sum(item.answer_tokens for item in items))
 
 
-def others_cpu_seconds(root: int) -> float:
-    """Of processors, in the server's processes but its workers': the API, Valkey, the courier, and who started them."""
+def others_cpu_seconds(root: int) -> tuple[float, float]:
+    """Of processors, in the server's processes but its workers': those of API and Valkey, and of the courier and of who
+    started them."""
     ticks, parents = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -89,15 +90,27 @@ def others_cpu_seconds(root: int) -> float:
     ours = {root}
     while more := {pid for pid, parent in parents.items() if parent in ours and pid not in ours and not _works(pid)}:
         ours |= more
-    return sum(ticks.get(pid, 0) for pid in ours) / os.sysconf("SC_CLK_TCK")
+    a_second = os.sysconf("SC_CLK_TCK")
+    served, every = (sum(ticks.get(pid, 0) for pid in pids) for pids in ({*filter(_serves, ours)}, ours))
+    return served / a_second, (every - served) / a_second
+
+
+def _serves(pid: int) -> bool:
+    """It is the API or Valkey."""
+    command = _command(pid)
+    return b"-m\0api" in command or b"valkey-server" in command.partition(b"\0")[0]
 
 
 def _works(pid: int) -> bool:
-    """It is a worker's parent."""
+    """It is a worker's parent, or gone."""
+    return b"-m\0worker" in (_command(pid) or b"-m\0worker")
+
+
+def _command(pid: int) -> bytes:
     try:
-        return b"-m\0worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return True
+        return b""
 
 
 class WholeSystem:
@@ -113,7 +126,7 @@ class WholeSystem:
         self._process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env={**os.environ})
         self.url = f"http://127.0.0.1:{port}"
         self._rounds = itertools.count()
-        self._others_seconds = 0.0
+        self._spent = {"served_seconds": 0.0, "started_seconds": 0.0}
         self._await(lambda: httpx2.get(f"{self.url}/ready", timeout=2).status_code == 200, seconds=180)
 
     def run(self, items: Sequence[Item]) -> Run:
@@ -123,18 +136,21 @@ class WholeSystem:
             with concurrent.futures.ThreadPoolExecutor(len(items)) as pool:
                 tokens = list(pool.map(lambda item: self._one(client, item, salt), items))
             seconds = time.perf_counter() - start
-            self._others_seconds += others_cpu_seconds(self._process.pid) - before
+            after = others_cpu_seconds(self._process.pid)
+            for name, early, late in zip(self._spent, before, after, strict=True):
+                self._spent[name] += late - early
             return Run(seconds=seconds, tokens=sum(tokens))
 
     def counters(self) -> dict[str, float]:
-        """Seconds so far: in ``step()``, in the rest of the worker's loop; of processors in all else during ``run``.
+        """Seconds so far: in ``step()``, in the rest of the worker's loop; during ``run`` those of processors in API
+        and Valkey, and in what starts them.
 
         After a rest, in which the worker tells its counters.
         """
         time.sleep(BEAT_SECONDS)
         worker = httpx2.get(f"{self.url}/v1/workers", timeout=10).json()["data"][0]
         stats = {name: float(worker["stats"][name]) for name in ("step_seconds", "loop_seconds")}
-        return {**stats, "others_seconds": self._others_seconds}
+        return {**stats, **self._spent}
 
     def close(self) -> None:
         self._process.terminate()

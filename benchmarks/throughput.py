@@ -105,7 +105,8 @@ def make_report(
         },
         "ratios": ratio,
         "over_step_seconds": {
-            name: counters[name] / counters["step_seconds"] for name in ("loop_seconds", "others_seconds")
+            name: counters[name] / counters["step_seconds"]
+            for name in ("loop_seconds", "served_seconds", "started_seconds")
         }
         if counters
         else {},
@@ -126,8 +127,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     if counted := report["over_step_seconds"]:
         lines.append(
-            f"seconds over those of step(): the loop outside it {counted['loop_seconds']:.2%}, processors' in API, "
-            f"Valkey and what starts them {counted['others_seconds']:.2%}"
+            f"seconds over those of step(): the loop outside it {counted['loop_seconds']:.2%}, processors' in API and "
+            f"Valkey {counted['served_seconds']:.2%}; in what starts these {counted['started_seconds']:.2%}"
         )
     lines.append(f"{report['machine']}, {report['date']}, `{report['command']}`")
     return "\n".join(lines)
