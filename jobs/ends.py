@@ -103,7 +103,10 @@ class Ends:
         await self._look()  # at those that ended before
         while True:
             _, _, message = await connection.read_response()
-            self._hear(message)
+            try:
+                self._hear(message)
+            except (ValueError, KeyError):
+                log.warning("ignored what is not the end of a job: %.80r", message)
 
     async def _look(self) -> None:
         """Ask for all who wait; where that fails each of them asks, and hears why."""

@@ -294,6 +294,22 @@ def test_the_end_of_an_earlier_run_is_not_told_to_who_saw_a_later_one(store: Sto
     assert using(valkey_url, body).state is S.SUCCEEDED
 
 
+@pytest.mark.usefixtures("blind")
+def test_what_is_not_the_end_of_a_job_is_ignored(store: Store, valkey_url: str, valkey: redis.Redis) -> None:
+    add(store, "a")
+
+    async def body(door: AsyncStore) -> None:
+        waiting = await wait_for_it(door)
+        for message in (b"", b"\n", b"1 x\nja", b"1 1 1\njab", b"1 1\nka", b"1 1\nj\xff"):
+            valkey.publish(keys.ENDED, message)
+        await asyncio.sleep(0.1)
+        start = time.monotonic()
+        store.cancel("a")
+        assert (await hears(waiting, start)).state is S.CANCELLED
+
+    using(valkey_url, body)
+
+
 def test_a_bounded_number_of_ends_is_remembered(valkey_url: str) -> None:
     async def body(door: AsyncStore) -> None:
         for number in range(2_000):
