@@ -84,7 +84,8 @@ class Ends:
             await asyncio.wait({listening})
 
     async def _listen(self) -> None:
-        connection: Any = self._pool.make_connection()
+        pool = self._pool
+        connection: Any = pool.connection_class(**pool.connection_kwargs)  # none of those that the pool counts
         try:
             while True:
                 try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import redis
 
 from core.errors import JobConflict, JobNotFound, QueueFull
 from core.request import Emitted, Kind, Request, TokenLogprob
-from jobs import keys
+from jobs import commands, keys
 from jobs.job import FINAL, MOVES, JobState, NewJob
 from jobs.store import ClaimedJob, Outcome, Publication, Settlement, Store, Wanted
 from tests.jobs_world import (
@@ -314,6 +315,31 @@ def test_the_work_of_one_claim_is_bounded(valkey_url: str) -> None:
     assert (first.jobs, first.more) == ((), True)
     assert [job.id for job in take(store)] == ["last"]
     store.close()
+
+
+@pytest.mark.parametrize("many", [1, 7])
+def test_a_tick_does_all_there_is_to_do_for_others_however_much_that_is(
+    store: Store, valkey: redis.Redis, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    monkeypatch.setattr(commands, "SWEEP", 2)
+    for number in range(many):
+        add(store, f"dead-{number}")
+    assert len(take(store, room=many)) == many
+    for number in range(many):
+        add(store, f"late-{number}", deadline_seconds=60)
+        pass_deadline(valkey, f"late-{number}")
+        add(store, f"due-{number}")
+        valkey.lrem(keys.READY, 0, f"due-{number}")
+        valkey.hset(f"{keys.JOB}due-{number}", "status", "scheduled")
+        valkey.zadd(keys.SCHEDULED, {f"due-{number}": 1})
+    wipe_lease(valkey)
+    store.tend()
+    outlast_grace(valkey)
+    store.tend()
+
+    assert {store.get(f"late-{number}").state for number in range(many)} == {S.EXPIRED}
+    listed: Any = valkey.lrange(keys.READY, 0, -1)
+    assert {*listed} >= {f"{what}-{number}".encode() for what in ("dead", "due") for number in range(many)}
 
 
 # -- the table

@@ -203,7 +203,7 @@ def test_dependents_follow_even_when_the_worker_dies_in_between(
 
     store._runner.run(commands.settle(done(job)))  # and dies before it can release what waits
     assert take(store) == []
-    store.promote()  # any worker's next tick
+    store.tend()  # any worker's next tick
 
     assert [job.id for job in take(store)] == [third.id]
     assert valkey.scard(keys.DEPENDENTS) == 0
