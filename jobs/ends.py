@@ -84,8 +84,7 @@ class Ends:
             await asyncio.wait({listening})
 
     async def _listen(self) -> None:
-        pool = self._pool
-        connection: Any = pool.connection_class(**pool.connection_kwargs)  # none of those that the pool counts
+        connection: Any = self._pool.make_connection()
         try:
             while True:
                 try:
