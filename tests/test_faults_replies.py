@@ -32,7 +32,8 @@ def test_a_reply_that_is_lost_costs_no_job_and_no_token_and_nothing_stays_behind
         eventually(lambda: all(rule.happened.is_set() for rule in rules.values()), f"loss of each of {names}")
 
         assert process.engine_pid() == pid
-        assert max(each.attempt for each in asked) <= 3
+        # Any of six of these replies may bring a claim along, and a job that is handed back is the next to be claimed.
+        assert max(each.attempt for each in asked) <= 1 + 6
         assert seconds < 4 * BEAT_SECONDS + BUSY_SECONDS
 
 
