@@ -11,6 +11,7 @@ from rq.serializers import JSONSerializer
 
 from jobs import keys
 from jobs.job import FINAL, JobState
+from tests.jobs_world import list_of
 from tests.model_walk import JOBS, World
 
 S = JobState
@@ -36,9 +37,11 @@ def rq_enqueue(world: World) -> None:
 
 
 def push_twice(world: World) -> None:
+    """RQ queues what waits, runs or has ended: most often what waits for its like, where the next claim may find it."""
     waiting = [job_id for job_id in world.ids if "waiting_for" in world.views[job_id].fields]
     if job_id := world.random.choice(waiting) if waiting else world.any_id(*(set(S) - {S.QUEUED})):
-        world.client.rpush(keys.READY, job_id)
+        push = world.random.choice((world.client.rpush, world.client.lpush))
+        push(world.random.choice((keys.READY, list_of(world.views[job_id].job.priority))), job_id)
         world.pushed.add(job_id)
 
 

@@ -25,7 +25,7 @@ from tests.model_walk import SETTINGS, walk
 
 STEPS = int(os.environ.get("HEADRACE_MODEL_STEPS", "5000"))
 SEED = int(os.environ.get("HEADRACE_MODEL_SEED", "0"))
-FAR = (40, 600)  #: walks, and steps of each, that a mutant has at most; few need more than a quarter
+FAR = (20, 600)  #: walks, and steps of each, that a mutant has at most
 SMALL_PIECES = ("local PIECE = 4096", "local PIECE = 3")  #: long logs are packed in several calls
 
 

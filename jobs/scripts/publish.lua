@@ -1,6 +1,7 @@
 #!lua flags=allow-oom
 -- Append token events. ARGV: ttl, then of each job: id, attempt, number of the first, milliseconds since its first token was
--- drawn, how many, and of each event text, ids, index, logprobs. Answers a code for each job: 1 done, 5 done and somebody reads along, 4 somebody cancelled it, 0 refused.
+-- drawn, how many, and of each event text, ids, index, logprobs. Answers a code for each job: 1 done, 5 done and somebody
+-- reads along, 4 somebody cancelled it, 0 refused.
 -- Refused unless the attempt is the job's; events that are there already are skipped. What somebody reads along is read.
 -- A reaped attempt that nobody has claimed yet may still publish: its late result would count, too. Not one of a job that
 -- ended since and that stock RQ queued again: its log is closed, and goes when it is claimed.
