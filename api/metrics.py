@@ -45,16 +45,11 @@ class Metrics:
             buckets=LATENCY_BUCKETS,
             registry=self._registry,
         )
-        self._found: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}  #: as often as they have labels
 
     def count(self, method: str, route: str, status: int, seconds: float) -> None:
         """One answered request; ``route`` is the pattern, never the path a client wrote."""
-        found = self._found.get((method, route, status))
-        if found is None:
-            found = self._requests.labels(method, route, str(status)), self._seconds.labels(route)
-            self._found[method, route, status] = found
-        found[0].inc()
-        found[1].observe(seconds)
+        self._requests.labels(method, route, str(status)).inc()
+        self._seconds.labels(route).observe(seconds)
 
     def render(self, seen: Seen | None) -> bytes:
         """The text that Prometheus scrapes; None: the store did not answer."""

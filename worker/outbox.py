@@ -48,7 +48,7 @@ class Unpublished:
     def publication(self, now: float) -> Publication:
         """All that is to be sent."""
         running = self.running
-        age_ms = round(1000 * (now - (now if running.began_at is None else running.began_at)))
+        age_ms = round(1000 * (now - (running.began_at or now)))
         self.events += merge(self.fresh)
         self.fresh = []
         running.next_event = self.first + len(self.events)
