@@ -77,6 +77,7 @@ class Settlement:
     result: Result | None = None  #: of SUCCEEDED; of CANCELLED and EXPIRED as far as it got
     error: HeadraceError | None = None  #: of FAILED
     traceback: str = ""  #: for RQ's failed-job page; the error's message where empty
+    seconds: float = 0.0  #: since it was claimed
 
     @property
     def permanent(self) -> bool:

@@ -15,7 +15,7 @@ from rq import Queue
 from rq.serializers import JSONSerializer
 
 from core.request import Choice, Request, Result, SamplingParams, TokenEvent, TokenLogprob, Usage
-from jobs import keys
+from jobs import commands, keys
 from jobs.job import JobState, NewJob, Resume
 from jobs.store import ClaimedJob, Outcome, Publication, Settlement, Store
 from tests.jobs_world import (
@@ -239,11 +239,20 @@ def test_a_job_with_the_name_of_a_long_one_that_was_deleted_keeps_its_log(store:
 def test_a_stream_is_woken_by_the_end_though_the_log_is_packed_at_once(store: Store, valkey: redis.Redis) -> None:
     add(store, "a")
     [job] = take(store)
+    store._runner.run(commands.follow("a", -1))
     store.report([say(job, 1)], [ended(job, Outcome.CANCELLED, result())])
     entries: Any = valkey.xrange(f"{keys.EVENTS}a")
 
     assert entries == [(b"3-0", {b"f": b"1"})]
     assert 0 < valkey.pttl(f"{keys.EVENTS}a") <= 2000
+
+
+def test_of_a_log_that_nobody_follows_nothing_is_left_beside_what_is_packed(store: Store, valkey: redis.Redis) -> None:
+    add(store, "a")
+    [job] = take(store)
+    store.report([say(job, 1)], [ended(job, Outcome.CANCELLED, result())])
+
+    assert not valkey.exists(f"{keys.EVENTS}a")
 
 
 # -- memory
@@ -276,16 +285,9 @@ def test_a_finished_job_of_200_tokens_takes_at_most_4_kilobytes_with_everything(
     """All that Redis holds more than before: hash, result, log, registries and index."""
     for number in range(30):
         finish_job(store, number)
-    _forget_wakers(valkey)
     before = valkey.info("memory")["used_memory_dataset"]
     for number in range(30, 130):
         finish_job(store, number)
-    _forget_wakers(valkey)
     grown = (valkey.info("memory")["used_memory_dataset"] - before) / 100
 
     assert grown <= 4_096, grown
-
-
-def _forget_wakers(valkey: redis.Redis) -> None:
-    """The two seconds in which an ended log's last event wakes its readers are over."""
-    valkey.delete(*valkey.keys(f"{keys.EVENTS}*"))

@@ -93,9 +93,7 @@ MUTANTS = {
     "cancelling what runs at once": Mutant("cancel", "if job.state == 'running' then", "if false then"),
     "taking what others have": Mutant("collect", "call('ZADD', K.outbox, NOW + tonumber(ARGV[2]), callback)", ""),
     "claiming whatever it finds": Mutant("claim", "if job and job.status ~= 'queued' then", "if not job then"),
-    "claiming without raising the fence": Mutant(
-        "claim", "call('HINCRBY', key, 'attempt', 1)", "math.max(1, job.attempt) call('HSET', key, 'attempt', attempt)"
-    ),
+    "claiming without raising the fence": Mutant("claim", "job.attempt + 1", "math.max(1, job.attempt)"),
     "claiming an ended job with its old log": Mutant("claim", "and job.closed then reopen(id, job) end", "then end"),
     "going on with another's answer": Mutant("claim", "if job.tokens == 0 or job.engine == identity or", "if true or"),
     "starting over under a reader's eyes": Mutant("claim", "job.resume == 'wait' or job.read", "job.resume == 'wait'"),

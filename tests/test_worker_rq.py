@@ -135,6 +135,18 @@ def test_rq_info_lists_the_worker_and_what_it_does(valkey: redis.Redis, valkey_u
     assert "w1" not in gone
 
 
+def test_rq_info_counts_what_a_worker_has_done_also_after_rq_forgot_it(valkey: redis.Redis, valkey_url: str) -> None:
+    with working(valkey_url, step_ms=2):
+        await_status(put(valkey, "good", max_tokens=50), "finished")
+        await_status(put(valkey, "bad", max_tokens=0), "failed")
+        valkey.delete("rq:worker:w1")
+        eventually(lambda: valkey.hget("rq:worker:w1", "birth"))
+        eventually(lambda: "jobs: 1 finished, 1 failed" in command_line(valkey_url, "info", "--raw"), seconds=5)
+        seconds = float(valkey.hget("rq:worker:w1", "total_working_time") or 0)
+
+    assert 0.1 < seconds < 5
+
+
 def test_the_shutdown_command_drains_and_kill_horse_is_ignored(valkey: redis.Redis, valkey_url: str) -> None:
     with working(valkey_url) as stop:
         eventually(lambda: valkey.hget("rq:worker:w1", "state") == b"idle")

@@ -153,6 +153,7 @@ class Worker:
     def _start(self, job: ClaimedJob, emitted: tuple[Emitted, ...]) -> None:
         """Put a claimed job into the engine; one that cannot be computed fails at once."""
         self._presence.sign()  # many long prompts take long to read
+        running = Running.start(job, self._clock())
         try:
             if isinstance(job.request, HeadraceError):
                 raise job.request
@@ -160,9 +161,9 @@ class Worker:
                 raise EngineChanged(self._engine.card.identity)  # the submitter said that any engine may go on
             self._engine.add(job.id, job.request, emitted)
         except HeadraceError as error:
-            self._outbox.fail(job.id, job.attempt, error)
+            self._outbox.fail(running, error)
         else:
-            self._running[job.id] = Running.start(job, self._clock())
+            self._running[job.id] = running
 
     def _obey(self) -> None:
         """Obey commands, deadlines and time-outs: the next step ends jobs with what they have."""
@@ -174,7 +175,7 @@ class Worker:
         now = self._clock()
         for running in list(self._running.values()):
             if now >= running.timeout_at:
-                self._outbox.fail(running.job_id, running.attempt, JobTimeout(running.timeout_seconds))
+                self._outbox.fail(running, JobTimeout(running.timeout_seconds))
                 self._forget(running.job_id)
             elif now >= running.deadline_at:
                 self._end(running, "deadline")
@@ -198,7 +199,7 @@ class Worker:
             if isinstance(event, FinishedEvent):
                 self._outbox.finish(running, event.result)
             else:
-                self._outbox.fail(running.job_id, running.attempt, event.error)
+                self._outbox.fail(running, event.error)
 
     def _rest(self) -> None:
         """With nothing to compute and nothing to report, block until a job may be there."""

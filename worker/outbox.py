@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from core.errors import EngineError, HeadraceError
 from core.request import FinishReason, Result, TokenEvent
@@ -123,22 +124,20 @@ class Outbox:
         asked = "stop" if complete or running.ending is None else running.ending
         outcomes = {OUTCOMES[choice.finish_reason] for choice in result.choices} or {OUTCOMES[asked]}
         outcome = next(iter(outcomes - {Outcome.SUCCEEDED}), Outcome.SUCCEEDED)  # one choice cut short: so is the job
-        settlement = Settlement(job_id=running.job_id, attempt=running.attempt, outcome=outcome, result=result)
-        self._settlements[running.job_id] = settlement
+        self._settle(running, outcome=outcome, result=result)
 
-    def fail(self, job_id: str, attempt: int, error: Exception) -> None:
+    def fail(self, running: Running, error: Exception) -> None:
         """Take the failure of a job; what an error outside our tree says is for the log, not for clients."""
         if not isinstance(error, HeadraceError):
-            log.error("the engine failed job %s", job_id, exc_info=error)
+            log.error("the engine failed job %s", running.job_id, exc_info=error)
             error = EngineError(f"the engine failed: {type(error).__name__}")
-        settlement = Settlement(
-            job_id=job_id,
-            attempt=attempt,
-            outcome=Outcome.FAILED,
-            error=error,
-            traceback="".join(traceback.format_exception_only(error)),
-        )
-        self._settlements[job_id] = settlement
+        message = "".join(traceback.format_exception_only(error))
+        self._settle(running, outcome=Outcome.FAILED, error=error, traceback=message)
+
+    def _settle(self, running: Running, **how: Any) -> None:
+        seconds = self._clock() - running.claimed_at
+        settlement = Settlement(job_id=running.job_id, attempt=running.attempt, seconds=seconds, **how)
+        self._settlements[running.job_id] = settlement
 
     def drop(self, job_id: str) -> None:
         """Forget what was to be said of a job that is not ours any more."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from core.bounds import Wire
-from jobs.store import Beat, Store, WorkerCard
+from jobs.store import Beat, Outcome, Settlement, Store, WorkerCard
 from worker.outage import Every
 from worker.pulse import Pulse
 from worker.rq_worker import RqWorker, StopCommand
@@ -71,6 +71,11 @@ class Presence:
             self._store.release(beat.unknown)
         self._shown, self.suspended = state, beat.suspended
         return beat
+
+    def count(self, settlements: Iterable[Settlement]) -> None:
+        """Take what was done, for RQ's pages: the next beat tells."""
+        for settlement in settlements:
+            self._rq.count(settlement.outcome is Outcome.SUCCEEDED, settlement.seconds)
 
     def sign(self) -> None:
         """Give our parent a sign of life; it kills a process that gives none."""

@@ -27,6 +27,7 @@ POLL_SECONDS = 1.0  #: the command thread looks so often whether it is to end; a
 RECONNECT_SECONDS = 0.5
 
 STATES = {"busy": WorkerStatus.BUSY, "draining": WorkerStatus.BUSY, "idle": WorkerStatus.IDLE}
+COUNTS = ("successful_job_count", "failed_job_count", "total_working_time")  #: RQ's names of what a worker has done
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
         pipeline: Any = self.connection.pipeline(transaction=False)
         self.heartbeat(pipeline=pipeline)
         self.set_state(STATES.get(state, WorkerStatus.SUSPENDED), pipeline=pipeline)
+        pipeline.hset(self.key, mapping={name: getattr(self, name) for name in COUNTS})
         pipeline.hexists(self.key, "birth")
         pipeline.sismember(self.redis_workers_keys, self.key)
         return [args for args, _ in pipeline.command_stack]
@@ -76,6 +78,14 @@ class RqWorker(BaseWorker):  # type: ignore[misc]  # rq is not followed by mypy:
         *_, born, listed = answers
         if not (born and listed):
             self._appear()
+
+    def count(self, succeeded: bool, seconds: float) -> None:
+        """Take the end of a job that we worked on for so long."""
+        if succeeded:
+            self.successful_job_count += 1
+        else:
+            self.failed_job_count += 1
+        self.total_working_time += seconds
 
     def leave(self) -> None:
         """Disappear from ``rq info`` at once."""

@@ -22,6 +22,7 @@ class Running:
     deadline_at: float  #: then it ends as EXPIRED, with what it has
     timeout_at: float  #: then it has failed
     timeout_seconds: float
+    claimed_at: float
     crashes: int = 0  #: workers that died of it, or beside it
     began_at: float | None = None  #: when its first token was drawn
     published: int = 0  #: tokens of this attempt that Redis has
@@ -41,6 +42,7 @@ class Running:
             deadline_at=now + deadline,
             timeout_at=now + timeout,
             timeout_seconds=timeout,
+            claimed_at=now,
             crashes=job.crashes,
             watched=job.watched,
             young=job.young,

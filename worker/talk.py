@@ -95,6 +95,7 @@ class Talk:
             report = said.report
             reported = self._store.report(report.publications, report.settlements, wanted if hungry else None)
             heard.reported, heard.claim = reported, reported.claim
+            self._presence.count([each for each in report.settlements if each.job_id not in reported.refused])
             if room and reported.waiting:
                 heard.claim = self._store.claim(wanted)
         if heard.claim is not None:

@@ -22,18 +22,18 @@ end
 local function is_ours(job) return not job.model or job.model == '' or string.lower(job.model) == model end
 
 local function take(id, job)
-  pass(id, job)
-  local at, key = stamp(), K.job .. id
-  local attempt = call('HINCRBY', key, 'attempt', 1)
+  move_up(job)
+  local at, key, attempt = stamp(), K.job .. id, job.attempt + 1
   local member = id .. ':' .. attempt
-  if job.tokens == 0 then call('HSET', key, 'engine', identity) end
   if job.events == 0 then call('DEL', K.events .. id) end -- as at a submission: stock RQ may have put it in
   log(id, job, 'a', attempt, 'e', engine)
   local came = move(id, job, 'running')
-  call('HDEL', key, 'cancel_requested', 'suspect_at', 'waiting_for')
+  if job.cancel_requested or job.suspect_at > 0 or job.waiting_for then
+    call('HDEL', key, 'cancel_requested', 'suspect_at', 'waiting_for')
+  end
   call('ZREM', K.waits, id)
-  call('HSET', key, 'status', 'started', 'started_at', at, 'last_heartbeat', at, 'worker_name', worker, 'place',
-    'running', 'events', job.events)
+  call('HSET', key, 'attempt', attempt, 'status', 'started', 'started_at', at, 'last_heartbeat', at, 'worker_name', worker,
+    'place', 'running', 'events', job.events, 'ticket', 0, 'engine', job.tokens > 0 and job.engine or identity)
   call('PERSIST', key)
   call('ZREM', K.deadlines, id)
   call('ZADD', K.wip, NEVER, member)

@@ -45,5 +45,5 @@ end
 local unsent = call('ZRANGEBYSCORE', K.outbox, '-inf', NOW - UNSENT, 'LIMIT', 0, bound)
 for _, callback in ipairs(unsent) do conclude(callback, 'failed', 'nobody came to deliver it') end
 local left = call('SRANDMEMBER', K.unpacked, 4)
-for _, id in ipairs(left) do pack_log(id, true) end
+for _, id in ipairs(left) do pack_more(id) end
 return {done, (#due == bound or #waited == bound or #old == bound or #unsent == bound or #left > 0) and 1 or 0}

@@ -76,5 +76,5 @@ for status, registry in pairs(REGISTRY) do
 end
 call('ZADD', REGISTRY[job.status], 'NX', SECONDS + math.max(keep(job), 60), id)
 if job.state == 'failed' and job.reason == 'poison_job' then call('ZADD', K.dead, 'NX', NOW, id) end
-if call('TTL', K.job .. id) < 0 and keep(job) > 0 then retain(id, job, keep(job)) end
+if call('TTL', K.job .. id) < 0 and keep(job) > 0 then retain_now(id, job, keep(job)) end
 return 'noted where it is, and took it out of everywhere else'

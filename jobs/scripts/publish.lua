@@ -23,7 +23,8 @@ while at <= #ARGV do
   elseif first > job.events then
     return hole(job, first)
   else
-    append(id, job, attempt, first, age, at + 5, last)
+    local change = append(id, job, attempt, first, age, at + 5, last)
+    if change then call('HSET', K.job .. id, unpack(change)) end
     code = job.cancel_requested and 4 or job.watched and 5 or 1
   end
   codes[#codes + 1] = code

@@ -18,20 +18,14 @@ if job.status ~= 'started' and not late then
   return 0
 end
 if first > job.events then return hole(job, first) end
-if ARGV[10] then append(id, job, attempt, first, tonumber(ARGV[11]), 12, #ARGV) end
-local key, member = K.job .. id, id .. ':' .. attempt
-local worker = job.worker_name
-local began = call('HGET', K.execution .. member, 'created_at')
-drop(id, attempt, worker)
-if worker and call('EXISTS', K.rq_worker .. worker) == 1 then
-  call('HINCRBY', K.rq_worker .. worker, outcome == 'succeeded' and 'successful_job_count' or 'failed_job_count', 1)
-  call('HINCRBYFLOAT', K.rq_worker .. worker, 'total_working_time', began and NOW_US / 1000000 - began or 0)
-end
+local change = ARGV[10] and append(id, job, attempt, first, tonumber(ARGV[11]), 12, #ARGV) or {}
+drop(id, attempt, job.worker_name)
+local key = K.job .. id
 local retries = outcome == 'failed' and not permanent and tonumber(call('HGET', key, 'retries_left') or 0) or 0
 if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ for
   local intervals = cjson.decode(call('HGET', key, 'retry_intervals') or '[0]')
   local seconds = tonumber(intervals[math.max(#intervals - retries, 0) + 1] or 0)
-  call('HSET', key, 'retries_left', retries - 1, 'ended_at', stamp(), 'settled', attempt)
+  call('HSET', key, 'retries_left', retries - 1, 'ended_at', stamp(), 'settled', attempt, unpack(change))
   if seconds > 0 then
     move(id, job, 'queued')
     call('HSET', key, 'status', 'scheduled', 'place', 'queued')
@@ -43,7 +37,8 @@ if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ 
   end
   return 1
 end
-local how = {value = given(6), error = given(7), exc = given(8), text_bytes = tonumber(given(9)), attempt = attempt}
+local how = {value = given(6), error = given(7), exc = given(8), text_bytes = tonumber(given(9)), attempt = attempt,
+  change = change}
 if outcome == 'expired' then how.reason, how.exc = 'deadline', EXC.deadline end
 if outcome == 'cancelled' and not job.cancel_requested then how.status = 'stopped' end -- RQ's send_stop_job_command
 return finish(id, job, outcome, how) and 3 or 1

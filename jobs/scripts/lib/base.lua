@@ -90,15 +90,16 @@ local function before_first(class)
 end
 
 -- What a poll answers: SEEN's values, the last result entry, what of the log is not packed, what to take from a queued
--- job's ticket to have its position, the id, and how far its callback has got.
-local function read(id)
+-- job's ticket to have its position, the id, and how far its callback has got. `result`: that entry, and `packed`: the whole
+-- log is, where the caller knows.
+local function read(id, result, packed)
   local row = call('HMGET', K.job .. id, unpack(SEEN))
   if not row[1] then return false end
   local state = state_of(row[1])
   local over = is_final(state)
-  local last = over and call('XREVRANGE', K.results .. id, '+', '-', 'COUNT', 1)[1]
-  local unpacked = over and call('SISMEMBER', K.unpacked, id) == 1
-  row[#SEEN + 1] = last and last[2] or false
+  local last = over and not result and call('XREVRANGE', K.results .. id, '+', '-', 'COUNT', 1)[1]
+  local unpacked = over and not packed and call('SISMEMBER', K.unpacked, id) == 1
+  row[#SEEN + 1] = result or last and last[2] or false
   row[#SEEN + 2] = unpacked and call('XRANGE', K.events .. id, '-', '+') or false
   row[#SEEN + 3] = state == 'queued' and before_first(class_of(tonumber(row[#SEEN] or 0)))
   row[#SEEN + 4] = id
@@ -109,15 +110,15 @@ end
 local TOLD = 8192 -- bytes of a job that are told with its end
 
 -- Tell those who wait that the job has ended; who has waited since its submission is told the job as well. What is told are
--- names and values, behind a line of their lengths.
-local function tell_end(id, job)
+-- names and values, behind a line of their lengths. `result` and `packed` as for `read`.
+local function tell_end(id, job, result, packed)
   local told, lengths, bytes = {}, {}, 0
   local function add(name, value)
     told[#told + 1], told[#told + 2] = name, value
     lengths[#lengths + 1], lengths[#lengths + 2], bytes = #name, #value, bytes + #value
   end
   add('j', id)
-  local row = job.awaited and not job.callback and read(id)
+  local row = job.awaited and not job.callback and read(id, result, packed)
   if row and not row[#SEEN + 2] then
     for i, name in ipairs(SEEN) do if row[i] then add(name, row[i]) end end
     local result = row[#SEEN + 1] or {}

@@ -10,7 +10,7 @@ end
 
 -- Append the token events from ARGV[at] to ARGV[last], of each its text, ids, index and log-probabilities; the first has the
 -- number `first`, and what is there already is skipped. The attempt's first token was drawn `age` ms ago. What somebody reads
--- along is read.
+-- along is read. Answers what the caller writes to the hash, if there is anything.
 local function append(id, job, attempt, first, age, at, last)
   local number, tokens, bytes, first_token = first, 0, 0, nil
   for i = at, last, 4 do
@@ -30,14 +30,16 @@ local function append(id, job, attempt, first, age, at, last)
     number = number + 1
   end
   if not first_token then return end
-  local change = {'published_attempt', attempt}
+  local change = {'events', job.events, 'tokens', job.tokens + tokens, 'text_bytes', job.text_bytes + bytes,
+    'published_attempt', attempt}
+  local function set(name, value) change[#change + 1] = name; change[#change + 1] = value end
   if job.tokens == 0 then
-    local drawn = string.format('%.3f', NOW_US / 1000 - age)
-    change = {'published_attempt', attempt, 'first_token', first_token, 'first_token_at', drawn}
+    set('first_token', first_token)
+    set('first_token_at', string.format('%.3f', NOW_US / 1000 - age))
   end
-  if job.watched then change[#change + 1] = 'read'; change[#change + 1] = 1 end
+  if job.watched then set('read', 1) end
   job.tokens, job.text_bytes = job.tokens + tokens, job.text_bytes + bytes
-  call('HSET', K.job .. id, 'events', job.events, 'tokens', job.tokens, 'text_bytes', job.text_bytes, unpack(change))
+  return change
 end
 
 -- A bug of ours, or a server that lost what it had said was written.
@@ -86,29 +88,43 @@ local function pack(fields, inline)
   return varint(4 * #text + 1) .. varint(index) .. varint(count) .. ids .. varint(#logprobs) .. logprobs .. body
 end
 
--- Pack the next PIECE events of an ended job. Texts go along (`inline`) unless the result has them, every byte. The last
--- event stays in the stream for a moment: it wakes those who read there, and the number tells them what they missed.
-local function pack_log(id, inline)
-  local key = K.events .. id
-  local entries = call('XRANGE', key, '-', '+', 'COUNT', PIECE)
-  if #entries == 0 then return call('SREM', K.unpacked, id) end
-  local parts = {call('HGET', K.job .. id, 'log') or nil}
-  if parts[1] then
-    inline = string.sub(parts[1], 1, 1) == 'I'
-  else
-    parts[1] = (inline and 'I' or 'R') .. varint(tonumber(string.match(entries[1][1], '^%d+')) - 1)
-  end
+-- Pack these events behind what is packed already. What does not fit in a call stays in the stream, and the id is noted.
+-- Where the job is `followed` the last event stays there for a moment: it wakes those who read, and its number tells them
+-- what they missed.
+local function pack_events(id, entries, packed, inline, followed)
+  local key, parts, last = K.events .. id, {packed}, entries[#entries]
   for _, entry in ipairs(entries) do parts[#parts + 1] = pack(entry[2], inline) end
   call('HSET', K.job .. id, 'log', table.concat(parts))
-  local last = entries[#entries]
   if last[2][1] ~= 'f' then
     call('XTRIM', key, 'MINID', (tonumber(string.match(last[1], '^%d+')) + 1) .. '-0')
-    return call('SADD', K.unpacked, id)
+    call('SADD', K.unpacked, id)
+    return false
   end
   call('DEL', key)
-  call('XADD', key, last[1], 'f', 1)
-  call('PEXPIRE', key, 2000)
-  call('SREM', K.unpacked, id)
+  if followed then
+    call('XADD', key, last[1], 'f', 1)
+    call('PEXPIRE', key, 2000)
+  end
+  return true
+end
+
+local function next_events(id) return call('XRANGE', K.events .. id, '-', '+', 'COUNT', PIECE) end
+
+-- Pack the first PIECE events of a job that has just ended. Texts go along (`inline`) unless the result has them, every byte.
+-- Answers whether that was all.
+local function pack_log(id, job, inline)
+  local entries = next_events(id)
+  local head = (inline and 'I' or 'R') .. varint(tonumber(string.match(entries[1][1], '^%d+')) - 1)
+  return pack_events(id, entries, head, inline, job.watched)
+end
+
+-- Pack the next ones of a long log.
+local function pack_more(id)
+  local entries = next_events(id)
+  local packed = call('HGET', K.job .. id, 'log')
+  if not packed or #entries == 0 or pack_events(id, entries, packed, string.sub(packed, 1, 1) == 'I', true) then
+    call('SREM', K.unpacked, id)
+  end
 end
 
 -- What reading a log takes: the packed part, the value that may hold its texts, and the stream's entries from a number on.

@@ -6,13 +6,16 @@ local function wake(list)
   call('PUBLISH', K.arrivals, '')
 end
 
--- An id left the queue for good: everybody behind it moves up.
+-- An id left the queue for good: everybody behind it moves up. The caller writes job.ticket to the hash.
+local function move_up(job)
+  if job.ticket > 0 then call('INCR', CLASSES[job.class].passed) end
+  job.ticket = 0
+end
+
 local function pass(id, job)
-  if job.ticket > 0 then
-    call('INCR', CLASSES[job.class].passed)
-    call('HSET', K.job .. id, 'ticket', 0)
-    job.ticket = 0
-  end
+  if job.ticket == 0 then return end
+  move_up(job)
+  call('HSET', K.job .. id, 'ticket', 0)
 end
 
 -- Forget that an attempt runs, wherever RQ or we noted it.
@@ -53,24 +56,32 @@ local function keep(job)
   return tonumber((job.state == 'succeeded' and job.result_ttl or job.state ~= 'succeeded' and job.failure_ttl) or KEEP)
 end
 
-local function retain(id, job, seconds)
+local function expiry(seconds) return NOW + seconds * 1000 end
+
+-- The caller writes when it expires to the hash. `packed`: the whole log is, as far as the caller knows.
+local function retain(id, job, seconds, packed)
   if seconds == 0 then return forget(id, job) end
   if seconds < 0 then return end
-  call('HSET', K.job .. id, 'expires_at', NOW + seconds * 1000)
-  call('ZADD', K.retention, NOW + seconds * 1000, id)
+  call('ZADD', K.retention, expiry(seconds), id)
   call('EXPIRE', K.job .. id, seconds)
   call('EXPIRE', K.results .. id, seconds)
-  if call('PTTL', K.events .. id) < 0 then call('EXPIRE', K.events .. id, seconds) end
+  if not packed and call('PTTL', K.events .. id) < 0 then call('EXPIRE', K.events .. id, seconds) end
 end
 
--- The entry of RQ's result stream for how an attempt ended.
+local function retain_now(id, job, seconds, packed)
+  if seconds > 0 then call('HSET', K.job .. id, 'expires_at', expiry(seconds)) end
+  retain(id, job, seconds, packed)
+end
+
+-- The entry of RQ's result stream for how an attempt ended; answered, too.
 local function write_result(id, job, status, how)
   if not (how.value or how.exc) then return end
-  local entry = {'type', status == 'finished' and 1 or status == 'failed' and 2 or 3, 'worker_name', job.worker_name or ''}
+  local entry = {'type', status == 'finished' and '1' or status == 'failed' and '2' or '3', 'worker_name', job.worker_name or ''}
   local function add(name, value) if value then entry[#entry + 1] = name; entry[#entry + 1] = value end end
   add('return_value', how.value)
   add('exc_string', how.exc)
   call('XADD', K.results .. id, 'MAXLEN', '~', 10, '*', unpack(entry))
+  return entry
 end
 
 -- An ended job starts anew, with its whole time: its old log goes, the numbers of its events go on. What a worker that was
@@ -97,40 +108,48 @@ local FLEETING = {'cancel_requested', 'published_attempt', 'first_token', 'read'
   'last_heartbeat', 'suspect_at', 'text_bytes', 'watched', 'awaited'}
 
 -- End a job: the only way into a final state. how: status, reason, error, value, text_bytes (of the value), exc, attempt
--- (that is settled).
+-- (that is settled), change (of the hash, by `append`).
 local function finish(id, job, state, how)
   how = how or {}
-  local status = how.status or STATUS[state]
-  if job.closed then reopen(id, job) end
+  local status, change = how.status or STATUS[state], how.change or {}
+  if job.closed then
+    reopen(id, job)
+    change = {}
+  end
   unlist(id) -- though it was claimed: stock RQ leaves what it enqueues where it was scheduled
   job.state = state
   log(id, job, 'f', 1)
   move(id, job, state)
-  local change = {'status', status, 'ended_at', stamp(), 'place', state, 'events', job.events, 'closed', 1}
+  local dependents = job.rate_limit_key or call('EXISTS', K.job .. id .. ':dependents') == 1
+  local kept = keep(job)
+  local seconds = kept == 0 and dependents and 60 or kept -- RQ's code still has to look at it
   local function set(name, value) if value then change[#change + 1] = name; change[#change + 1] = value end end
+  set('status', status)
+  set('ended_at', stamp())
+  set('place', state)
+  set('events', job.events)
+  set('closed', 1)
   set('reason', how.reason)
   set('error', how.error)
   set('settled', how.attempt)
+  set('expires_at', seconds > 0 and expiry(seconds))
   call('HSET', K.job .. id, unpack(change))
   local gone = {unpack(FLEETING)}
   if job.ticket == 0 then gone[#gone + 1] = 'ticket' end
   if state == 'succeeded' then gone[#gone + 1] = 'deaths' end
   call('HDEL', K.job .. id, unpack(gone))
-  write_result(id, job, status, how)
+  local result = write_result(id, job, status, how)
   call_back(id, job)
-  local seconds = keep(job)
-  call('ZADD', REGISTRY[status], status == 'canceled' and SECONDS or seconds < 0 and '+inf' or SECONDS + seconds, id)
+  call('ZADD', REGISTRY[status], status == 'canceled' and SECONDS or kept < 0 and '+inf' or SECONDS + kept, id)
   if how.reason == 'poison_job' then call('ZADD', K.dead, NOW, id) end
   if state == 'succeeded' or state == 'failed' then
     local bucket = K.rate .. math.floor(SECONDS / 10)
     if call('INCR', bucket) == 1 then call('EXPIRE', bucket, 300) end
   end
-  local dependents = job.rate_limit_key or call('EXISTS', K.job .. id .. ':dependents') == 1
   if dependents then call('SADD', K.dependents, id) end
-  if seconds == 0 and dependents then seconds = 60 end -- RQ's code still has to look at it
-  if seconds ~= 0 then pack_log(id, how.text_bytes ~= job.text_bytes or job.resume == 'any') end
-  retain(id, job, seconds)
-  tell_end(id, job)
+  local packed = seconds ~= 0 and pack_log(id, job, how.text_bytes ~= job.text_bytes or job.resume == 'any')
+  retain(id, job, seconds, packed)
+  tell_end(id, job, result, packed)
   return dependents
 end
 
@@ -149,10 +168,9 @@ local function note_end(id, job)
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)
   call_back(id, job)
-  pack_log(id, true)
-  local seconds = keep(job)
-  if call('TTL', K.job .. id) < 0 then retain(id, job, seconds == 0 and 1 or seconds) end
-  tell_end(id, job)
+  local packed = pack_log(id, job, true)
+  if call('TTL', K.job .. id) < 0 then retain_now(id, job, keep(job) == 0 and 1 or keep(job), packed) end
+  tell_end(id, job, nil, packed)
 end
 
 -- Where a job waits for the like of its engine; a suspect among suspects, or whoever claims it would send it back.
