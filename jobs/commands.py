@@ -52,8 +52,10 @@ def submit(job: NewJob, settings: StoreSettings, memory: MemoryReport) -> Comman
             raise StoreFull(memory.used_bytes, memory.limit_bytes)
         if code == LATE:
             raise DeadlineUnreachable(found, job.deadline_seconds or 0)
-        request = job.request if code else rows.read_asked(rest[0])
-        return Submitted(job=_job(found, job.id, request=request), created=code == 1)
+        if code == 0:
+            known = dataclasses.replace(_job(found, job.id), request=rows.read_asked(rest[0]))
+            return Submitted(job=known, created=False)
+        return Submitted(job=rows.read_created_job(job, found, *rest), created=True)
 
     data = rows.pack_request(job.request)
     return Command("submit", [job.id, kind.value, model, deadline, *bounds, data, priority, *fields], decode)
@@ -278,9 +280,8 @@ def _row(answer: Any, job_id: str) -> Row:
     return row
 
 
-def _job(answer: Any, job_id: str, **changes: Any) -> Job:
-    job = _row(answer, job_id).job
-    return dataclasses.replace(job, **changes) if changes else job
+def _job(answer: Any, job_id: str) -> Job:
+    return _row(answer, job_id).job
 
 
 def _member(member: bytes) -> tuple[str, int]:

@@ -14,7 +14,7 @@ from core.bounds import Wire
 from core.card import ModelCard
 from core.errors import HeadraceError, InvalidField, UnsupportedRequest
 from core.request import Kind, Request, Result
-from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState, Resume, Webhook
+from jobs.job import FINAL, FUNCTIONS, LABELS, Job, JobState, NewJob, Resume, Webhook
 from jobs.logs import complete, dump, pack_logprob, read_log
 from jobs.reports import WorkerCard
 from jobs.scripting import SEEN
@@ -85,6 +85,25 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
     )
     stale = _text(raw["place"]) != state or (over and raw["closed"] is None)
     return Row(job, int(raw["events"] or 0), stale)
+
+
+def read_created_job(new: NewJob, at: bytes, deadline: int | None, ticket: int, before_first: int) -> Job:
+    """The job that ``submit.lua`` has just made, without reading it again."""
+    return Job(
+        id=new.id,
+        state=JobState.QUEUED,
+        kind=new.request.kind,
+        created_at=_moment(at) or 0.0,
+        model=new.request.model,
+        request=new.request,
+        deadline_at=None if deadline is None else deadline / 1000,
+        resume=new.resume,
+        priority=new.request.priority,
+        queue_position=max(1, ticket - before_first),
+        metadata=new.metadata,
+        webhook=Webhook(url=new.webhook) if new.webhook else None,
+        result_ttl_seconds=new.result_ttl_seconds,
+    )
 
 
 def read_told(fields: Mapping[bytes, bytes]) -> Row | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ import redis
 from core.errors import JobConflict, JobNotFound, QueueFull
 from core.request import Emitted, Kind, Request, TokenLogprob
 from jobs import commands, keys
-from jobs.job import FINAL, MOVES, JobState, NewJob
+from jobs.job import FINAL, MOVES, JobState, NewJob, Resume
 from jobs.store import ClaimedJob, Outcome, Publication, Settlement, Store, Wanted
 from tests.jobs_world import (
     OTHER,
@@ -67,6 +68,29 @@ def test_a_job_goes_from_submission_to_its_result(store: Store, valkey: redis.Re
     assert types(store.events("a")) == "stttf"
     assert text_of(store.events("a")) == "w1 w2 w3 "
     assert audit(valkey) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"deadline_seconds": 7.5, "resume": Resume.ANY, "metadata": {"who": "mé"}, "result_ttl_seconds": 60},
+        {"webhook": "https://example.org/told", "awaited": True, "deadline_seconds": 3_600.0},
+    ],
+)
+@pytest.mark.parametrize("asked", [{}, {"model": "toy", "priority": -3}, {"priority": 5}])
+def test_a_submission_is_answered_with_the_job_as_a_poll_reads_it(
+    store: Store, changes: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    for number, priority in enumerate((-1, -1, 0, 1)):
+        store.submit(NewJob(id=f"before{number}", request=Request(prompt="x", priority=priority)))
+    take(store, room=1)
+    request = Request(prompt="one", **asked)
+    submitted = store.submit(NewJob(id="a", request=request, **changes))
+
+    assert submitted.created
+    assert submitted.job.request == request
+    assert dataclasses.replace(submitted.job, request=None) == store.get("a")
 
 
 def test_one_id_makes_one_job(store: Store, valkey: redis.Redis) -> None:
