@@ -22,6 +22,8 @@ from jobs.settings import StoreSettings, from_environ
 
 log = logging.getLogger("headrace.api")
 
+YOUNG = 20_000  #: new objects before Python looks for cycles among them: of 700, most would be of requests under way
+
 
 def main() -> int:
     """Serve until told to stop.
@@ -53,6 +55,7 @@ async def _serve(settings: ApiSettings, store_settings: StoreSettings) -> int:
         log.warning("%s; /ready says 503 until it answers", error)
     app = create_app(settings, store)
     gc.freeze()  # what is here stays: each full collection would walk through all of it again
+    gc.set_threshold(YOUNG)
     try:
         await server(app, settings).serve()
     finally:

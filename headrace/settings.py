@@ -110,7 +110,7 @@ class Settings:
     lease_seconds: float = _setting(10.0, "a worker that is silent for so long has lost its jobs", 0.1, 3_600)
     grace_seconds: float = _setting(8.0, "how long a reaped job waits for a late result", 0, 3_600)
     publish_seconds: float = _setting(0.04, "shortest time between two reports of tokens; 0: each step", 0, 60)
-    publish_unread_seconds: float = _setting(3.0, "the same of jobs that nobody reads along, never less", 0, 60)
+    publish_unread_seconds: float = _setting(5.0, "the same of jobs that nobody reads along, never less", 0, 60)
     tick_seconds: float = _setting(2.0, "time between two looks for lost jobs", 0.05, 600)
     drain_seconds: float = _setting(25.0, "time to finish running jobs when told to stop", 0, 86_400)
     resume_wait_seconds: float = _setting(

@@ -33,7 +33,7 @@ class ClaimedJob:
     timeout_seconds: float | None = None  #: RQ's ``job_timeout``, for this attempt
     crashes: int = 0
     watched: bool = False  #: somebody reads along
-    young: bool = False  #: submitted a moment ago: who wants to read along may not have begun to
+    young: bool = False  #: submitted a moment ago, and not waited for: who wants to read along may not have begun to
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,8 +223,8 @@ def test_a_worker_hears_which_of_its_jobs_somebody_reads_along(store: Store, val
 def test_a_claim_tells_which_jobs_somebody_reads_along_and_which_are_young(
     store: Store, valkey_url: str, valkey: redis.Redis
 ) -> None:
-    for job_id in ("followed", "young", "old"):
-        add(store, job_id)
+    for job_id in ("followed", "young", "old", "awaited"):
+        add(store, job_id, awaited=job_id == "awaited")
     index = f"{keys.INDEX}generate:queued"
     for job_id in ("followed", "old"):
         valkey.zincrby(index, -1_000_000, job_id)
@@ -236,7 +236,9 @@ def test_a_claim_tells_which_jobs_somebody_reads_along_and_which_are_young(
     with pytest.raises(TimeoutError):
         using(valkey_url, lambda door: asyncio.wait_for(body(door), 0.3))
     told = {job.id: (job.watched, job.young) for job in take(store)}
-    assert told == {"followed": (True, False), "young": (False, True), "old": (False, False)}
+    assert told == {
+        "followed": (True, False), "young": (False, True), "old": (False, False), "awaited": (False, False)
+    }  # fmt: skip
 
 
 def test_a_running_job_that_stock_rq_queues_again_is_claimed_again(store: Store, valkey: redis.Redis) -> None:

@@ -156,7 +156,7 @@ def test_a_handed_back_job_goes_on_to_the_same_three_texts(store: Store, valkey_
     submit(store, "a", **params)
     engine = InstantEngine(InstantConfig(step_seconds=0.005, max_running=2))  # the third choice lags behind
     for before in (5, 130):
-        with working(valkey_url, engine if before == 5 else None, step_ms=5):
+        with working(valkey_url, engine if before == 5 else None, step_ms=5, publish_unread_seconds=0):
             published(store, "a", before)
         engine.drop("a")
     with working(valkey_url):
@@ -206,6 +206,19 @@ def test_who_begins_to_read_in_the_middle_of_an_answer_waits_for_no_report_of_al
         published(store, "a", 1)
         time.sleep(age_seconds)
         assert store.get("a").tokens_generated < 10
+        store._runner.run(commands.follow("a", -1))
+        published(store, "a", 15)
+
+
+def test_the_first_token_of_a_job_that_is_waited_for_is_published_at_once_only_to_who_reads_along(
+    store: Store, valkey_url: str
+) -> None:
+    with working(valkey_url, step_ms=10, publish_unread_seconds=60):
+        request = Request(prompt="x", params=SamplingParams(max_tokens=100_000))
+        store.submit(NewJob(id="a", request=request, awaited=True))
+        eventually(lambda: store.get("a").state is JobState.RUNNING, "a claim")
+        time.sleep(0.2)
+        assert store.get("a").tokens_generated == 0
         store._runner.run(commands.follow("a", -1))
         published(store, "a", 15)
 

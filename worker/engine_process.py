@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("headrace.worker")
 
 KNOCK_SECONDS = 0.5  #: between two tries to reach Redis at the start
+YOUNG = 20_000  #: new objects before Python looks for cycles among them
 
 
 def serve(settings: WorkerSettings, store_settings: StoreSettings, pulse: Pulse) -> None:
@@ -49,6 +51,8 @@ def serve(settings: WorkerSettings, store_settings: StoreSettings, pulse: Pulse)
     patiently(share.adjust, stop)
     engine = load(settings, share.threads)
     stop.listen()
+    gc.freeze()  # as in the API: what is here stays, and most of what is young is soon gone without being looked for
+    gc.set_threshold(YOUNG)
     build(settings, store_settings, engine, stop, pulse).run()
 
 

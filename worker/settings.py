@@ -43,7 +43,7 @@ class WorkerSettings:
     threads: int = 0  #: 0: this host's cores divided by its workers
     lease_seconds: float = 10.0  #: a worker silent for so long is taken for dead
     publish_seconds: float = 0.04  #: between two reports of tokens, while there are more to compute; 0: after each step
-    publish_unread_seconds: float = 3.0  #: the same of jobs that nobody reads along, never less
+    publish_unread_seconds: float = 5.0  #: the same of jobs that nobody reads along, never less
     tick_seconds: float = 2.0  #: between two looks for dead workers, deadlines and retries
     drain_seconds: float = 25.0  #: to finish what runs after SIGTERM
     stall_seconds: int = 120  #: a process whose loop gives no sign for so long is killed; 0: never

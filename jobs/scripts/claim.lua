@@ -46,7 +46,7 @@ local function take(id, job)
   taken[#taken + 1] = {id, attempt, job.events, job.crashes, job.deadline_at and job.deadline_at - NOW or false,
     call('HMGET', key, 'data', 'kind', 'timeout', 'success_callback_name', 'failure_callback_name',
       'stopped_callback_name', 'repeats_left', 'webhooks', 'created_at'),
-    job.watched and 1 or 0, is_young(came) and 1 or 0}
+    job.watched and 1 or 0, is_young(job, came) and 1 or 0}
 end
 
 -- The next id of a list that is to be computed here; what is not is put where it belongs. `trusted`: it lists suspects.

@@ -6,7 +6,7 @@ local job = load(id)
 if job and not is_final(job.state) and not job.watched then
   call('HSET', K.job .. id, 'watched', 1)
   local came = call('ZSCORE', K.index .. job.kind .. ':running', id)
-  local first = job.tokens == 0 and is_young(came) -- its worker hears of it from the first token's report
+  local first = job.tokens == 0 and is_young(job, came) -- its worker hears of it from the first token's report
   if job.worker_name and not first then
     call('PUBLISH', K.pubsub .. job.worker_name, cjson.encode({command = 'follow-job', job_id = id}))
   end

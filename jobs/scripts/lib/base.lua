@@ -54,8 +54,8 @@ end
 local function is_final(state) return state ~= 'queued' and state ~= 'running' end
 
 -- Whether a job that came then, in microseconds, is so young that somebody may be about to read along: its first token is
--- published at once. Where nobody knows, it is not.
-local function is_young(came) return came and NOW_US - came < 1000000 end
+-- published at once. Where nobody knows, it is not; nor where its submitter waits for its end.
+local function is_young(job, came) return came and not job.awaited and NOW_US - came < 1000000 end
 
 -- Number of the class of a priority.
 local function class_of(priority) return priority < 0 and 1 or priority > 0 and 3 or 2 end
