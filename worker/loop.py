@@ -95,7 +95,7 @@ class Worker:
         if self._talking is not None or self._outage.wait_seconds:
             return
         first = not self._running or any(running.crashes for running in self._running.values())
-        everything, room = self._pace.all_due() or first, self._room
+        everything, room = self._pace.all_due(told=first), self._room
         if room and self._running and not self._waiting:
             self._waiting = self._talk.jobs_wait(ask=self._pace.ask_due())
         hungry = room > 0 and (self._waiting or not self._running)

@@ -76,16 +76,19 @@ class Pace:
     def __init__(self, seconds: float, unread_seconds: float, clock: Callable[[], float]) -> None:
         """Take the shortest times between two reports: any, and of jobs that nobody reads along."""
         self._some = Every(seconds, clock)
-        self._all = Every(max(seconds, unread_seconds), clock)
+        self._all = Every(unread_seconds, clock)  # with the next report of any
         self._ask = Every(ASK_SECONDS, clock)
 
     def due(self) -> bool:
         """Whether it is time to report what is pressing."""
         return self._some.due()
 
-    def all_due(self) -> bool:
-        """Whether it is time to report of every job."""
-        if not self._all.due():
+    def all_due(self, *, told: bool = False) -> bool:
+        """Whether it is time to report of every job; ``told``: it is done in any case, before the next step."""
+        if told:
+            self._all.put_off()
+            return True
+        if self._some.in_seconds > 0 or not self._all.due():
             return False
         self._some.put_off()
         return True
@@ -96,4 +99,5 @@ class Pace:
 
     def hurry(self) -> None:
         """Report of every job at once."""
+        self._some.hurry()
         self._all.hurry()

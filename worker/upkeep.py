@@ -9,6 +9,8 @@ from jobs.store import Store
 from worker.cores import CoreShare
 from worker.outage import Every
 
+SHARE_TICKS = 5  #: once in so many the cores are shared anew: workers come and go seldom
+
 
 class Upkeep:
     """Done by every worker in turn; each of Redis' scripts is harmless however many call it."""
@@ -19,6 +21,7 @@ class Upkeep:
         self._store = store
         self._share = share
         self._every = Every(tick_seconds, clock)
+        self._shares = Every(SHARE_TICKS * tick_seconds, clock)
 
     @property
     def next_seconds(self) -> float:
@@ -34,4 +37,4 @@ class Upkeep:
         if not self._every.due():
             return None
         self._store.tend()
-        return self._share.adjust()
+        return self._share.adjust() if self._shares.due() else None
