@@ -7,6 +7,7 @@ ends the lease and the signs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future
@@ -43,6 +44,8 @@ class Worker:
         self._beside = beside
         self._clock = time.monotonic
         self._running: dict[str, Running] = {}  # in the order of their claims
+        self._suspects: set[str] = set()  # those of them whose worker died, and some that are gone
+        self._next_limit = math.inf  # no deadline and no time-out of theirs comes before
         self._outbox = Outbox()
         self._talking: Future[Heard] | None = None
         self._gate = Gate()
@@ -94,7 +97,7 @@ class Worker:
         """
         if self._talking is not None or self._outage.wait_seconds:
             return
-        first = not self._running or any(running.crashes for running in self._running.values())
+        first = not self._running or not self._suspects.isdisjoint(self._running)
         everything, room = self._pace.all_due(told=first), self._room
         if room and self._running and not self._waiting:
             self._waiting = self._talk.jobs_wait(ask=self._pace.ask_due())
@@ -164,6 +167,9 @@ class Worker:
             self._outbox.fail(running, error)
         else:
             self._running[job.id] = running
+            self._next_limit = min(self._next_limit, running.limit_at)
+            if running.crashes:
+                self._suspects = {job.id, *(self._suspects & self._running.keys())}
 
     def _obey(self) -> None:
         """Obey commands, deadlines and time-outs: the next step ends jobs with what they have."""
@@ -173,12 +179,15 @@ class Worker:
         for command in self._presence.stop_commands():
             self._cancel(command.job_id, command.attempt)
         now = self._clock()
+        if now < self._next_limit:
+            return
         for running in list(self._running.values()):
             if now >= running.timeout_at:
                 self._outbox.fail(running, JobTimeout(running.timeout_seconds))
                 self._forget(running.job_id)
             elif now >= running.deadline_at:
                 self._end(running, "deadline")
+        self._next_limit = min((running.limit_at for running in self._running.values()), default=math.inf)
 
     def _step(self) -> list[Event]:
         if self._engine.idle:

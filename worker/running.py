@@ -30,6 +30,11 @@ class Running:
     young: bool = False  #: somebody may be about to
     ending: FinishReason | None = None  #: the engine was told to end it, and why
 
+    @property
+    def limit_at(self) -> float:
+        """When the engine must be done with it."""
+        return min(self.deadline_at, self.timeout_at)
+
     @classmethod
     def start(cls, job: ClaimedJob, now: float) -> Running:
         """A job that is claimed now."""
