@@ -152,6 +152,25 @@ def test_a_long_log_is_packed_in_bounded_pieces_and_readable_meanwhile(
     assert audit(valkey) == []
 
 
+def test_what_is_in_the_log_already_changes_nothing_though_no_token_came_with_it(
+    store: Store, valkey: redis.Redis
+) -> None:
+    """Text that was held back as a stop string might begin in it."""
+    add(store, "a")
+    [job] = take(store)
+    said = Publication(
+        job_id="a",
+        attempt=job.attempt,
+        first=job.next_event,
+        events=[TokenEvent(job_id="a", text="w", token_ids=())],
+    )
+    store.report([said], [])
+    before = valkey.hgetall(f"{keys.JOB}a")
+
+    assert store.report([said], []).refused == frozenset()
+    assert valkey.hgetall(f"{keys.JOB}a") == before
+
+
 def test_a_token_takes_two_bytes_of_a_packed_log(store: Store, valkey: redis.Redis) -> None:
     sizes = []
     for job_id, tokens in (("a", 10), ("b", 11)):
@@ -187,6 +206,39 @@ def test_a_log_that_ends_while_it_is_long_is_forgotten_whole(store: Store, valke
 
     assert valkey.keys("*:a") == []
     assert valkey.scard(keys.UNPACKED) == 0
+
+
+def test_a_long_log_that_is_still_to_be_packed_when_its_job_is_retried_leaves_the_next_one_alone(
+    store: Store, valkey: redis.Redis
+) -> None:
+    add(store, "a")
+    [job] = take(store)
+    publish(store, job, [TokenEvent(job_id="a", text="x", token_ids=(1,))] * 5_000)
+    store.report([], [failed(job)])
+    store.retry("a")
+    [job] = take(store)
+    store._runner.run(commands.follow("a", -1))
+    store.report([], [failed(job)])
+    before = store.events("a")
+    store.expire()
+
+    assert store.events("a") == before
+    assert [event.type for event in before] == ["started", "finished"]
+
+
+@pytest.mark.parametrize("gone", [keys.EVENTS, keys.JOB])
+def test_of_a_long_log_that_somebody_deleted_nothing_more_is_packed(
+    store: Store, valkey: redis.Redis, gone: str
+) -> None:
+    add(store, "a")
+    [job] = take(store)
+    publish(store, job, [TokenEvent(job_id="a", text="x", token_ids=(1,))] * 5_000)
+    store.report([], [failed(job)])
+    valkey.delete(f"{gone}a")
+    store.expire()
+
+    assert valkey.scard(keys.UNPACKED) == 0
+    assert not valkey.hexists(f"{keys.JOB}a", "log") or gone == keys.EVENTS
 
 
 def test_a_job_whose_result_is_kept_for_no_time_can_be_read_to_its_end(store: Store, valkey: redis.Redis) -> None:

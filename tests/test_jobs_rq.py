@@ -304,6 +304,21 @@ def test_rqs_cancel_ends_a_queued_job(store: Store, valkey: redis.Redis) -> None
     assert audit(valkey) == []
 
 
+@pytest.mark.parametrize(("seconds", "kept"), [(60, 60), (-1, None)])
+def test_a_job_that_rq_cancels_is_kept_as_long_as_was_asked_for(
+    store: Store, queue: Queue, valkey: redis.Redis, seconds: int, kept: int | None
+) -> None:
+    queue.enqueue("headrace.generate", WIRE, job_id="a", failure_ttl=seconds)
+    take(store)
+    fetch(valkey, "a").cancel()
+    store.renew("w", "busy", {"a": 1}, {})
+    over = store.get("a")
+
+    assert over.finished_at is not None
+    assert over.expires_at == (None if kept is None else pytest.approx(over.finished_at + kept, abs=1))
+    assert valkey.ttl("rq:job:a") in ((-1,) if kept is None else (kept - 1, kept))
+
+
 def test_rqs_cancel_ends_a_running_job_and_its_worker_hears_of_it(store: Store, valkey: redis.Redis) -> None:
     add(store, "a")
     [job] = take(store)

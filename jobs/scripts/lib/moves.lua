@@ -38,7 +38,6 @@ local function unlist(id)
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)
   call('ZREM', K.dead, id)
-  call('SREM', K.unpacked, id)
 end
 
 -- Remove every trace of a job. Its log stays a minute for those who read it now.
@@ -93,6 +92,7 @@ local function reopen(id, job)
   call('HSET', K.job .. id, 'tokens', 0, 'text_bytes', 0, 'settled', job.attempt)
   call('PERSIST', K.job .. id)
   call('PERSIST', K.results .. id)
+  call('SREM', K.unpacked, id) -- else the new log's last event, left for who follows, would be packed again
   unlist(id)
   let_go(id, job)
   job.closed, job.tokens, job.text_bytes, job.cancel_requested = false, 0, 0, false
