@@ -168,8 +168,7 @@ class Worker:
         else:
             self._running[job.id] = running
             self._next_limit = min(self._next_limit, running.limit_at)
-            if running.crashes:
-                self._suspects = {job.id, *(self._suspects & self._running.keys())}
+            self._suspects = {each.job_id for each in self._running.values() if each.crashes}
 
     def _obey(self) -> None:
         """Obey commands, deadlines and time-outs: the next step ends jobs with what they have."""

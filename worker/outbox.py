@@ -124,7 +124,7 @@ class Outbox:
         asked = "stop" if complete or running.ending is None else running.ending
         outcomes = {OUTCOMES[choice.finish_reason] for choice in result.choices} or {OUTCOMES[asked]}
         outcome = next(iter(outcomes - {Outcome.SUCCEEDED}), Outcome.SUCCEEDED)  # one choice cut short: so is the job
-        self._settle(running, outcome=outcome, result=result)
+        self._settle(running, outcome, result=result)
 
     def fail(self, running: Running, error: Exception) -> None:
         """Take the failure of a job; what an error outside our tree says is for the log, not for clients."""
@@ -132,11 +132,11 @@ class Outbox:
             log.error("the engine failed job %s", running.job_id, exc_info=error)
             error = EngineError(f"the engine failed: {type(error).__name__}")
         message = "".join(traceback.format_exception_only(error))
-        self._settle(running, outcome=Outcome.FAILED, error=error, traceback=message)
+        self._settle(running, Outcome.FAILED, error=error, traceback=message)
 
-    def _settle(self, running: Running, **how: Any) -> None:
-        seconds = self._clock() - running.claimed_at
-        settlement = Settlement(job_id=running.job_id, attempt=running.attempt, seconds=seconds, **how)
+    def _settle(self, running: Running, outcome: Outcome, **how: Any) -> None:
+        seconds, job_id = self._clock() - running.claimed_at, running.job_id
+        settlement = Settlement(job_id=job_id, attempt=running.attempt, outcome=outcome, seconds=seconds, **how)
         self._settlements[running.job_id] = settlement
 
     def drop(self, job_id: str) -> None:
