@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import redis
 
-from jobs.lookout import Lookout
+from jobs.connection import connect
+from jobs.lookout import Lookout, _poll
 from jobs.store import Store
 from tests.conftest import Server, start_valkey
 from tests.jobs_world import CARD, OTHER, add, born, settings, take
@@ -23,12 +26,28 @@ def store(own_valkey: Server) -> Iterator[Store]:
     store.close()
 
 
-@pytest.fixture
-def lookout(own_valkey: Server) -> Iterator[Lookout]:
+@pytest.fixture(params=["at a glance", "by the client's own question"])
+def lookout(own_valkey: Server, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lookout]:
+    """Where the client shows its sockets, and where it does not."""
+    if request.param != "at a glance":
+        monkeypatch.setattr("jobs.lookout._poll", lambda *connections: None)
     lookout = Lookout(own_valkey.url, CARD)
     lookout.prepare()
+    assert (lookout._poll is not None) == (request.param == "at a glance")
     yield lookout
     lookout.close()
+
+
+def test_what_keeps_what_it_has_read_to_itself_is_not_looked_at_from_outside(own_valkey: Server) -> None:
+    class Sealed(socket.socket):
+        """As ssl.SSLSocket."""
+
+    bare = connect(own_valkey.url).connection_pool.make_connection()
+    bare.connect()
+    with Sealed() as sealed:
+        assert _poll(bare) is not None
+        assert _poll(bare, SimpleNamespace(_sock=sealed)) is _poll(bare, SimpleNamespace()) is None
+    bare.disconnect()
 
 
 def hears(lookout: Lookout) -> bool:

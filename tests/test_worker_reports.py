@@ -19,7 +19,7 @@ from jobs.store import Claim, Publication, Reported, Settlement, Store, Wanted, 
 from tests.worker_world import store_settings
 from worker.engine_process import divide_cores
 from worker.loop import Worker
-from worker.outage import Pace
+from worker.outage import ASK_SECONDS, Pace
 from worker.presence import Presence
 from worker.pulse import Pulse
 from worker.rq_worker import RqWorker
@@ -222,6 +222,36 @@ def test_a_busy_worker_with_nothing_to_report_still_asks_whether_jobs_wait(diary
 
     assert diary.get("late").state is JobState.SUCCEEDED
     assert [(tokens, ends) for _, tokens, ends in told] == [(1, 0), (2, 1), (39, 1)]
+
+
+def test_whether_jobs_wait_is_asked_half_a_second_after_it_was_last_told() -> None:
+    clock = FakeClock()
+    pace = Pace(UNIT, UNIT, clock)
+    assert [pace.ask_due(), pace.ask_due()] == [True, False]
+    clock.sleep(ASK_SECONDS)
+    pace.hear(told=True)
+    assert not pace.ask_due()
+    clock.sleep(ASK_SECONDS)
+    pace.hear(told=False)  # a beat alone says nothing about it
+    assert pace.ask_due()
+
+
+@pytest.mark.parametrize("first", ["a report of all", "a question", "what the caller knows of"])
+def test_it_is_quiet_until_something_is_due_or_heard(first: str) -> None:
+    clock = FakeClock()
+    pace = Pace(UNIT, UNIT if first == "a report of all" else 60, clock)
+    assert pace.all_due()
+    assert pace.ask_due()
+    assert not pace.quiet
+    pace.be_quiet(2 * UNIT if first == "what the caller knows of" else 60)
+    seconds = {"a report of all": UNIT, "a question": ASK_SECONDS, "what the caller knows of": 2 * UNIT}[first]
+    clock.sleep(seconds - UNIT / 2)
+    assert pace.quiet
+    clock.sleep(UNIT / 2)
+    assert not pace.quiet
+    pace.be_quiet(60)
+    pace.hear(told=False)
+    assert not pace.quiet
 
 
 def test_an_end_and_the_claim_of_what_waits_behind_it_are_one_call(diary: Diary) -> None:

@@ -97,12 +97,17 @@ class Worker:
         """
         if self._talking is not None or self._outage.wait_seconds:
             return
-        first = not self._running or not self._suspects.isdisjoint(self._running)
-        everything, room = self._pace.all_due(told=first), self._room
+        due, room = not (self._running and self._pace.quiet), self._room
+        ask = due and self._pace.ask_due()
         if room and self._running and not self._waiting:
-            self._waiting = self._talk.jobs_wait(ask=self._pace.ask_due())
+            self._waiting = self._talk.jobs_wait(ask=ask)
         hungry = room > 0 and (self._waiting or not self._running)
+        if not (due or hungry or self._outbox.pressing):
+            return
+        first = not self._running or not self._suspects.isdisjoint(self._running)
+        everything = self._pace.all_due(told=first)
         if not (everything or hungry or self._due()):
+            self._pace.be_quiet(self._talk.next_seconds)
             return
         said = Said(
             vital=self._vital() if self._presence.due(self._state) else None,
@@ -130,6 +135,7 @@ class Worker:
     def _act(self, heard: Heard) -> None:
         """Do what follows from a talk. While Redis is away nothing is claimed, and what happens stays in the outbox."""
         self._more = False
+        self._pace.hear(told=heard.reported is not None)
         if heard.reported is not None:
             self._outbox.confirm(heard.said.report)
             self._waiting = heard.reported.waiting

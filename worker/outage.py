@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 log = logging.getLogger("headrace.worker")
@@ -78,6 +79,8 @@ class Pace:
         self._some = Every(seconds, clock)
         self._all = Every(unread_seconds, clock)  # with the next report of any
         self._ask = Every(ASK_SECONDS, clock)
+        self._clock = clock
+        self._quiet_until = -math.inf
 
     def due(self) -> bool:
         """Whether it is time to report what is pressing."""
@@ -96,6 +99,21 @@ class Pace:
     def ask_due(self) -> bool:
         """Whether it is time to ask for more jobs."""
         return self._ask.due()
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is due, unless something happens."""
+        return self._clock() < self._quiet_until
+
+    def be_quiet(self, most_seconds: float) -> None:
+        """Until one of these is due, or for so long, or until something is heard."""
+        self._quiet_until = self._clock() + min(self._all.in_seconds, self._ask.in_seconds, most_seconds)
+
+    def hear(self, *, told: bool) -> None:
+        """A talk is over; ``told``: whether jobs wait, too."""
+        self._quiet_until = -math.inf
+        if told:
+            self._ask.put_off()
 
     def hurry(self) -> None:
         """Report of every job at once."""
