@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import enum
 import json
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,16 +24,32 @@ class Packed(enum.IntEnum):
     """What an event of a packed log is, and what follows its head."""
 
     TOKEN = 0  #: id; one token of the first choice, without log-probabilities
-    TOKENS = 1  #: index of the choice, how many ids, the ids, bytes of JSON, log-probabilities as JSON
+    TOKENS = 1  #: index of the choice, bytes of ids, the ids as in the stream, bytes of JSON, log-probabilities as JSON
     STARTED = 2  #: attempt, and what the head's "text" is here: the engine as JSON
     FINISHED = 3
 
 
-def pack_event(event: TokenEvent) -> list[str]:
+def pack_event(event: TokenEvent) -> list[str | bytes]:
     """Text, ids, index and logprobs, as ``publish.lua`` takes them."""
-    ids = " ".join(map(str, event.token_ids))
+    ids = pack_ids(event.token_ids)
     logprobs = "" if event.logprobs is None else dump([pack_logprob(each) for each in event.logprobs])
     return [event.text, ids, str(event.index), logprobs]
+
+
+def pack_ids(token_ids: Sequence[int]) -> bytes:
+    """Token ids as a log keeps them: how many bytes each takes, 2 or 4, and the numbers, the least byte first."""
+    if not token_ids:
+        return b""
+    width, letter = (2, "H") if max(token_ids) < 1 << 16 else (4, "I")
+    return struct.pack(f"<B{len(token_ids)}{letter}", width, *token_ids)
+
+
+def read_ids(packed: bytes) -> list[int]:
+    """The same back."""
+    if not packed:
+        return []
+    width = packed[0]
+    return [*struct.unpack_from(f"<{(len(packed) - 1) // width}{'H' if width == 2 else 'I'}", packed, 1)]
 
 
 def pack_engine(card: ModelCard) -> str:
@@ -106,10 +123,8 @@ def _unpack_event(packed: bytes, at: int) -> tuple[_Event, int]:
         event.attempt, at = _number(packed, at)
     elif event.what is Packed.TOKENS:
         event.index, at = _number(packed, at)
-        count, at = _number(packed, at)
-        for _ in range(count):
-            token_id, at = _number(packed, at)
-            event.token_ids.append(token_id)
+        size, at = _number(packed, at)
+        event.token_ids, at = read_ids(packed[at : at + size]), at + size
         size, at = _number(packed, at)
         event.logprobs, at = packed[at : at + size], at + size
     return event, at
@@ -146,7 +161,7 @@ def read_event(entry_id: bytes, fields: Mapping[bytes, bytes]) -> LoggedEvent:
     token: Wire = {
         "index": int(fields.get(b"x", 0)),
         "text": fields[b"t"].decode(),
-        "token_ids": [int(token_id) for token_id in fields.get(b"i", b"").split()],
+        "token_ids": read_ids(fields.get(b"i", b"")),
     }
     if b"l" in fields:
         token["logprobs"] = _read_logprobs(fields[b"l"])

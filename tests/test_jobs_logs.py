@@ -72,31 +72,44 @@ def all_of(events: Sequence[TokenEvent], text: str | None = None) -> Result:
     return Result(usage=Usage(prompt_tokens=1), choices=tuple(choices))
 
 
-def succeed(store: Store, job: ClaimedJob, with_result: Result) -> None:
+def succeed(
+    store: Store, job: ClaimedJob, with_result: Result, *, after: int = 0, last: Sequence[TokenEvent] = ()
+) -> None:
+    """End a job well; its last events, behind so many, come with the end."""
     end = Settlement(job_id=job.id, attempt=job.attempt, outcome=Outcome.SUCCEEDED, result=with_result)
-    store.report([], [end])
+    words = Publication(job_id=job.id, attempt=job.attempt, first=job.next_event + after, events=last)
+    store.report([words] if last else [], [end])
 
 
 @examples(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(events=st.lists(token_events(), max_size=12), how=st.sampled_from(["result", "other text", "failed"]))
-def test_an_ended_log_replays_what_was_streamed_event_for_event(
-    store: Store, valkey: redis.Redis, events: list[TokenEvent], how: str
+@given(
+    events=st.lists(token_events(), max_size=12),
+    early=st.integers(0, 12),
+    how=st.sampled_from(["result", "other text", "failed"]),
+)
+def test_an_ended_log_replays_what_was_streamed_event_for_event_and_what_came_with_the_end(
+    store: Store, valkey: redis.Redis, events: list[TokenEvent], early: int, how: str
 ) -> None:
     valkey.flushall()
     born(store)
     add(store, "a", resume=Resume.ANY if how == "other text" else Resume.RESTART)  # only then texts may differ
     [job] = take(store)
-    publish(store, job, events)
+    streamed, last = (events, []) if how == "failed" else (events[:early], events[early:])
+    publish(store, job, streamed)
     running = store.events("a")
     if how == "failed":
         store.report([], [failed(job)])
     else:
-        succeed(store, job, all_of(events, None if how == "result" else "another"))
+        succeed(store, job, all_of(events, None if how == "result" else "another"), after=len(streamed), last=last)
     over = store.events("a")
 
-    assert over[:-1] == running
+    assert over[: len(running)] == running
+    assert [(each.fields["index"], each.fields["text"], each.fields["token_ids"]) for each in over[1:-1]] == [
+        (event.index, event.text, [*event.token_ids]) for event in events
+    ]
+    assert [len(each.fields.get("logprobs", ())) for each in over[1:-1]] == [len(e.logprobs or ()) for e in events]
     assert types(over[-1:]) == "f"
     assert numbers_of(over) == list(range(len(events) + 2))
     assert [store.events("a", number) for number in range(-1, len(over))] == [
@@ -132,11 +145,13 @@ def test_a_long_log_is_packed_in_bounded_pieces_and_readable_meanwhile(
         born(store)
         [job] = take(store)
         said = [TokenEvent(job_id="a", text=f"{n} ", token_ids=(n,)) for n in range(5_000)]
-        publish(store, job, said)
-        if attempts == 2 and job.attempt == 1:
+        publish(store, job, said[:-2])
+        if job.attempt < attempts:
+            publish(store, job, said)
             kill(store)
     text = "".join(event.text for event in said) * attempts
-    succeed(store, job, all_of([TokenEvent(job_id="a", text=text, token_ids=())]))
+    whole = all_of([TokenEvent(job_id="a", text=text, token_ids=())])
+    succeed(store, job, whole, after=4_998, last=said[-2:])
     meanwhile, result_meanwhile = store.events("a"), store.get("a").result
     assert valkey.scard(keys.UNPACKED) == 1
     assert audit(valkey) == []
@@ -149,6 +164,20 @@ def test_a_long_log_is_packed_in_bounded_pieces_and_readable_meanwhile(
     assert numbers_of(meanwhile) == list(range(len(meanwhile)))
     assert store.get("a").result == result_meanwhile
     assert len((result_meanwhile or {})["choices"][0]["token_ids"]) == attempts * 5_000
+    assert audit(valkey) == []
+
+
+@pytest.mark.parametrize(("tokens", "left"), [(4_094, 0), (4_095, 1)])
+def test_a_log_of_one_piece_is_packed_at_once(store: Store, valkey: redis.Redis, tokens: int, left: int) -> None:
+    """Of 4,096 events, though only what is in the stream with its start and without its end and last words counts."""
+    add(store, "a")
+    [job] = take(store)
+    said = [TokenEvent(job_id="a", text="w", token_ids=(1,)) for _ in range(tokens + 1)]
+    publish(store, job, said[:-1])
+    succeed(store, job, all_of(said), after=tokens, last=said[-1:])
+
+    assert valkey.scard(keys.UNPACKED) == left
+    assert types(store.events("a")) == "s" + "t" * (tokens + 1) + "f"
     assert audit(valkey) == []
 
 

@@ -134,7 +134,7 @@ MUTANTS = {
     "losing the index": Mutant("lib/base", "if state then call('ZADD'", "if state == 'queued' then call('ZADD'"),
     "indexing twice": Mutant("lib/base", "    call('ZREM', K.index .. job.kind .. ':' .. job.place, id)\n", ""),
     "packing what the result does not have": Mutant("lib/log", "(inline and 'I' or 'R')", "'R'"),
-    "packing small numbers only": Mutant("lib/log", "number = math.floor(number / 128)", "number = 0"),
+    "packing small numbers only": Mutant("lib/log", "varint(math.floor(number / 128))", "varint(0)"),
     "letting go of what is to be delivered": Mutant("lib/outbox", "'state') ~= 'pending' then", "'state') then"),
     "requeueing what was cancelled": Mutant("lib/moves", "if job.cancel_requested then return", "if false then return"),
     "waiting for its like twice": Mutant("lib/moves", "if job.waiting_for == job.engine then return end", ""),

@@ -26,7 +26,7 @@ local function take(id, job)
   local at, key, attempt = stamp(), K.job .. id, job.attempt + 1
   local member = id .. ':' .. attempt
   if job.events == 0 then call('DEL', K.events .. id) end -- as at a submission: stock RQ may have put it in
-  log(id, job, 'a', attempt, 'e', engine)
+  write_down(id, {event(job, {'a', attempt, 'e', engine})})
   local came = move(id, job, 'running')
   if job.cancel_requested or job.suspect_at > 0 or job.waiting_for then
     call('HDEL', key, 'cancel_requested', 'suspect_at', 'waiting_for')

@@ -23,8 +23,9 @@ while at <= #ARGV do
   elseif first > job.events then
     return hole(job, first)
   else
-    local change = append(id, job, attempt, first, age, at + 5, last)
-    if change then call('HSET', K.job .. id, unpack(change)) end
+    local entries, change = read_events(job, attempt, first, age, at + 5, last)
+    write_down(id, entries)
+    if #change > 0 then call('HSET', K.job .. id, unpack(change)) end
     code = job.cancel_requested and 4 or job.watched and 5 or 1
   end
   codes[#codes + 1] = code

@@ -18,11 +18,13 @@ if job.status ~= 'started' and not late then
   return 0
 end
 if first > job.events then return hole(job, first) end
-local change = ARGV[10] and append(id, job, attempt, first, tonumber(ARGV[11]), 12, #ARGV) or {}
+local tail, change = {}, {}
+if ARGV[10] then tail, change = read_events(job, attempt, first, tonumber(ARGV[11]), 12, #ARGV) end
 drop(id, attempt, job.worker_name)
 local key = K.job .. id
 local retries = outcome == 'failed' and not permanent and tonumber(call('HGET', key, 'retries_left') or 0) or 0
 if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ for
+  write_down(id, tail)
   local intervals = cjson.decode(call('HGET', key, 'retry_intervals') or '[0]')
   local seconds = tonumber(intervals[math.max(#intervals - retries, 0) + 1] or 0)
   call('HSET', key, 'retries_left', retries - 1, 'ended_at', stamp(), 'settled', attempt, unpack(change))
@@ -38,7 +40,7 @@ if retries > 0 and not job.cancel_requested then -- what the submitter asked RQ 
   return 1
 end
 local how = {value = given(6), error = given(7), exc = given(8), text_bytes = tonumber(given(9)), attempt = attempt,
-  change = change}
+  claimed = not late, tail = tail, change = change}
 if outcome == 'expired' then how.reason, how.exc = 'deadline', EXC.deadline end
 if outcome == 'cancelled' and not job.cancel_requested then how.status = 'stopped' end -- RQ's send_stop_job_command
 return finish(id, job, outcome, how) and 3 or 1

@@ -28,12 +28,14 @@ local function drop(id, attempt, worker)
   if worker then call('SREM', K.held .. worker, member) end
 end
 
-local function unlist(id)
+-- Out of every registry. One that was `claimed` for what now ends is in none of ours.
+local function unlist(id, claimed)
   call('ZREM', K.finished, id)
   call('ZREM', K.failed, id)
   call('ZREM', K.canceled, id)
   call('ZREM', K.scheduled, id)
   call('ZREM', K.deferred, id)
+  if claimed then return end
   call('ZREM', K.retention, id)
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)
@@ -111,19 +113,26 @@ local FLEETING = {'cancel_requested', 'published_attempt', 'first_token', 'read'
 -- (that is settled), change (of the hash, by `append`).
 local function finish(id, job, state, how)
   how = how or {}
-  local status, change = how.status or STATUS[state], how.change or {}
+  local status, tail, change = how.status or STATUS[state], how.tail or {}, how.change or {}
   if job.closed then
     reopen(id, job)
-    change = {}
+    tail, change = {}, {}
   end
-  unlist(id) -- though it was claimed: stock RQ leaves what it enqueues where it was scheduled
+  unlist(id, how.claimed) -- stock RQ leaves what it enqueues where it was scheduled
   job.state = state
-  log(id, job, 'f', 1)
+  tail[#tail + 1] = event(job, {'f', 1})
   move(id, job, state)
   local dependents = job.rate_limit_key or call('EXISTS', K.job .. id .. ':dependents') == 1
   local kept = keep(job)
   local seconds = kept == 0 and dependents and 60 or kept -- RQ's code still has to look at it
+  local log, packed
+  if seconds == 0 then
+    write_down(id, tail)
+  else
+    log, packed = pack_log(id, job, tail, how.text_bytes ~= job.text_bytes or job.resume == 'any')
+  end
   local function set(name, value) if value then change[#change + 1] = name; change[#change + 1] = value end end
+  set('log', log)
   set('status', status)
   set('ended_at', stamp())
   set('place', state)
@@ -147,7 +156,6 @@ local function finish(id, job, state, how)
     if call('INCR', bucket) == 1 then call('EXPIRE', bucket, 300) end
   end
   if dependents then call('SADD', K.dependents, id) end
-  local packed = seconds ~= 0 and pack_log(id, job, how.text_bytes ~= job.text_bytes or job.resume == 'any')
   retain(id, job, seconds, packed)
   tell_end(id, job, result, packed)
   return dependents
@@ -160,15 +168,14 @@ end
 -- Stock RQ ended the job (cancel, another worker): our index, log and retention learn of it, once.
 local function note_end(id, job)
   if job.closed or not is_final(job.state) then return end
-  log(id, job, 'f', 1)
+  local log, packed = pack_log(id, job, {event(job, {'f', 1})}, true)
   move(id, job, job.state)
-  call('HSET', K.job .. id, 'closed', 1, 'events', job.events, 'place', job.state)
+  call('HSET', K.job .. id, 'closed', 1, 'events', job.events, 'place', job.state, 'log', log)
   call('HDEL', K.job .. id, 'cancel_requested', 'waiting_for', 'watched')
   if not job.ended_at or job.ended_at == '' then call('HSET', K.job .. id, 'ended_at', stamp()) end
   call('ZREM', K.deadlines, id)
   call('ZREM', K.waits, id)
   call_back(id, job)
-  local packed = pack_log(id, job, true)
   if call('TTL', K.job .. id) < 0 then retain_now(id, job, keep(job) == 0 and 1 or keep(job), packed) end
   tell_end(id, job, nil, packed)
 end
