@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import hiredis
 import redis
 import redis.asyncio
 from redis.exceptions import ResponseError
@@ -79,7 +80,8 @@ class Line:
             try:
                 if connection.is_connected and await connection.can_read():  # nobody asked: it says good-bye
                     await connection.disconnect(nowait=True)
-                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                packed = [hiredis.pack_command(tuple(command)) for command in commands]  # 8 times as fast as its own
+                await connection.send_packed_command(packed, check_health=False)
                 answers = [await self._read() for _ in commands]
                 whole = True
             finally:

@@ -19,6 +19,8 @@ from core.card import CHECKSUM_DIGITS, ModelCard
 from core.request import Emitted, TokenEvent, TokenLogprob
 from jobs.reports import LoggedEvent
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
 
 class Packed(enum.IntEnum):
     """What an event of a packed log is, and what follows its head."""
@@ -206,7 +208,7 @@ def _by_choice(events: Sequence[LoggedEvent]) -> dict[int, tuple[list[int], list
 
 def dump(value: object) -> str:
     """JSON without a needless byte."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return _ENCODER.encode(value)
 
 
 def _texts(result: Wire) -> dict[int, bytes]:

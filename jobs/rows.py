@@ -68,7 +68,7 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
         deadline_at=_seconds(raw["deadline_at"]),
         attempt=int(raw["attempt"] or 0),
         crashes=int(raw["crashes"] or 0),
-        deaths=tuple({name: death.get(name) for name in DEATH} for death in json.loads(raw["deaths"] or b"[]")),
+        deaths=_read_deaths(raw["deaths"]),
         worker=_text(raw["worker_name"]) or None,
         tokens_generated=int(raw["tokens"] or 0),
         cancel_requested=raw["cancel_requested"] is not None,
@@ -79,7 +79,7 @@ def read_row(row: Sequence[Any] | None) -> Row | None:
         result=_read_result(entry, raw["log"], unpacked) if over else None,
         error=_read_error(raw["error"], entry) if state is JobState.FAILED else None,
         reason=reason if over else None,
-        metadata=json.loads(raw["metadata"] or b"{}"),
+        metadata=json.loads(raw["metadata"]) if raw["metadata"] else {},
         webhook=_read_webhook(raw, told),
         result_ttl_seconds=int(raw["result_ttl"] or 86_400),
     )
@@ -115,8 +115,8 @@ def read_told(fields: Mapping[bytes, bytes]) -> Row | None:
 
 
 def pack_request(request: Request) -> bytes:
-    """RQ's ``data`` of a job: what ``Queue.enqueue(label, wire)`` with RQ's JSON serializer makes."""
-    return _deflate(json.dumps([LABELS[request.kind], None, [request.to_wire()], {}]).encode())
+    """RQ's ``data`` of a job: what ``Queue.enqueue(label, wire)`` with RQ's JSON serializer makes, less its spaces."""
+    return _deflate(json.dumps([LABELS[request.kind], None, [request.to_wire()], {}], separators=(",", ":")).encode())
 
 
 def read_request(data: bytes) -> Request:
@@ -226,6 +226,10 @@ def _read_result(entry: Mapping[bytes, bytes], packed: bytes | None, unpacked: S
     if value is None:
         return None
     return complete(json.loads(base64.b64decode(value)), read_log((packed, None, unpacked)))
+
+
+def _read_deaths(packed: bytes | None) -> tuple[Wire, ...]:
+    return tuple({name: death.get(name) for name in DEATH} for death in json.loads(packed)) if packed else ()
 
 
 def _read_webhook(raw: Mapping[str, bytes | None], told: Sequence[bytes | None] | None) -> Webhook | None:
