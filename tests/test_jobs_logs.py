@@ -89,9 +89,10 @@ def succeed(
     early=st.integers(0, 12),
     how=st.sampled_from(["result", "other text", "failed"]),
 )
-def test_an_ended_log_replays_what_was_streamed_event_for_event_and_what_came_with_the_end(
+def test_an_ended_log_replays_what_was_streamed_event_for_event(
     store: Store, valkey: redis.Redis, events: list[TokenEvent], early: int, how: str
 ) -> None:
+    """And what came with the end."""
     valkey.flushall()
     born(store)
     add(store, "a", resume=Resume.ANY if how == "other text" else Resume.RESTART)  # only then texts may differ
