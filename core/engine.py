@@ -105,8 +105,8 @@ class Engine:
 
     @property
     def room(self) -> int:
-        room, compiling = self._scheduler.room, self._grammars.waiting
-        return max(0, room - sum(len(self._jobs[job_id].going_on) for job_id in compiling)) if compiling else room
+        waiting = sum(len(self._jobs[job_id].going_on) for job_id in self._grammars.waiting)
+        return max(0, self._scheduler.room - waiting)
 
     @property
     def idle(self) -> bool:

@@ -1,6 +1,7 @@
 """A job's event log: a stream while it runs, one packed field of its hash once it has ended. Knows no command.
 
-Packed, a log is ``R`` or ``I``, the number of its first event, and its events one after the other; numbers are LEB128.
+Packed, a log is ``R`` or ``I``, the number of its first event, and its events one after the other; numbers are LEB128,
+but ids where an event has not just one: ``pack_ids``.
 Each event begins with ``4 * bytes of its text + what it is`` (a ``Packed``). Texts follow their events where the log
 says ``I`` (inline); with ``R`` they are the texts of the result, cut where the lengths say. ``lib/log.lua`` packs.
 """

@@ -213,11 +213,22 @@ def test_a_token_takes_two_bytes_of_a_packed_log(store: Store, valkey: redis.Red
     assert sizes[1] - sizes[0] == 2  # its length and what it is, and its id
 
 
-def test_an_event_of_many_tokens_is_packed_whole(store: Store) -> None:
+@pytest.mark.parametrize(
+    "ids",
+    [
+        tuple(number * 7 % 50_000 for number in range(20_000)),
+        (65_535, 65_535),
+        (65_536, 1),
+        (65_535,),
+        (65_536,),
+        (2**32 - 1,),
+        (2**32 - 1, 0),
+    ],
+)
+def test_an_event_of_many_tokens_or_large_ids_is_packed_whole(store: Store, ids: tuple[int, ...]) -> None:
     """As after an outage, in which all that was drawn becomes one event."""
     add(store, "a")
     [job] = take(store)
-    ids = tuple(number * 7 % 50_000 for number in range(20_000))
     event = TokenEvent(job_id="a", text="w", token_ids=ids)
     store.report([Publication(job_id="a", attempt=job.attempt, first=job.next_event, events=[event])], [])
     succeed(store, job, result("w"))

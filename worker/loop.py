@@ -97,12 +97,12 @@ class Worker:
         """
         if self._talking is not None or self._outage.wait_seconds:
             return
-        due, room = not (self._running and self._pace.quiet), self._room
-        ask = due and self._pace.ask_due()
+        awake, room = not (self._running and self._pace.quiet), self._room
+        ask = awake and self._pace.ask_due()  # without room, too: else it would keep us awake
         if room and self._running and not self._waiting:
             self._waiting = self._talk.jobs_wait(ask=ask)
         hungry = room > 0 and (self._waiting or not self._running)
-        if not (due or hungry or self._outbox.pressing):
+        if not (awake or hungry or self._outbox.pressing):
             return
         first = not self._running or not self._suspects.isdisjoint(self._running)
         everything = self._pace.all_due(told=first)
